@@ -1,0 +1,6 @@
+//! The command line: one file per command.
+
+/// Parses the arguments, runs the command and returns its exit code.
+pub fn main() -> std::process::ExitCode {
+    std::process::ExitCode::SUCCESS
+}

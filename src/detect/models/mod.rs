@@ -1,0 +1,1 @@
+//! Detector networks, built with the graph builder.

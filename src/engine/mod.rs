@@ -1,0 +1,6 @@
+//! The engine: graph, plan, operations, optimisers. It knows nothing of detection.
+
+pub mod ops;
+pub mod optim;
+pub mod rng;
+pub mod tensor;

@@ -1,0 +1,1 @@
+//! Operations. One operation is one folder: `mod.rs` (parameters, shape rule), `cpu.rs`, `tests.rs`.

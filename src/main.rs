@@ -1,0 +1,5 @@
+//! Arguments to command to exit code; nothing else.
+
+fn main() -> std::process::ExitCode {
+    boxwright::cli::main()
+}
