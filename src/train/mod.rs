@@ -1,1 +1,4 @@
-//! (room)
+//! One training session: arguments, the loop, schedules, checkpoints, the run folder.
+
+pub mod args;
+pub mod child;
