@@ -1,1 +1,4 @@
-//! (room)
+//! One training session: the loop, schedules, checkpoints, the run folder.
+
+pub mod early_stop;
+pub mod schedule;

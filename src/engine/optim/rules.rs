@@ -61,9 +61,7 @@ pub(super) fn prepare(optimizer: &Optimizer) -> Prepared {
                 let step = (lr / correction1) as f32;
                 Rule::Adam { step, beta1, beta2, root2, eps, coupled, decoupled: keep as f32 }
             }
-            Algorithm::Adamax => {
-                Rule::Adamax { step: (lr / correction1) as f32, beta1, beta2, eps, decay }
-            }
+            Algorithm::Adamax => Rule::Adamax { step: (lr / correction1) as f32, beta1, beta2, eps, decay },
             Algorithm::NAdam => {
                 let next = mu_at(t + 1.0);
                 let g_step = (lr * (1.0 - mu_at(t)) / (1.0 - mu_product)) as f32;
