@@ -1,6 +1,8 @@
-//! One training session: the loop, schedules, checkpoints, the run folder.
+//! One training session: arguments, the loop, schedules, checkpoints, the run folder.
 
+pub mod args;
 pub mod checkpoint;
+pub mod child;
 pub mod early_stop;
 pub mod error;
 pub mod event;
