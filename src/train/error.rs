@@ -1,8 +1,10 @@
-//! Why a training session failed, by class, and the exit codes that carry the class to a parent process.
+//! Why a training session failed, by class.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use super::child::ExitCode;
 
 /// The class of a failure: what a supervisor decides retries by and what a user reads first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,21 +39,16 @@ impl FailureClass {
     ];
 
     /// Exit code of a training process that failed so.
-    pub fn exit_code(self) -> u8 {
+    pub fn exit_code(self) -> ExitCode {
         match self {
-            FailureClass::Config => 10,
-            FailureClass::Data => 11,
-            FailureClass::Memory => 12,
-            FailureClass::Diverged => 13,
-            FailureClass::Device => 14,
-            FailureClass::Storage => 15,
-            FailureClass::Internal => 16,
+            FailureClass::Config => ExitCode::Config,
+            FailureClass::Data => ExitCode::Data,
+            FailureClass::Memory => ExitCode::Memory,
+            FailureClass::Diverged => ExitCode::Diverged,
+            FailureClass::Device => ExitCode::Device,
+            FailureClass::Storage => ExitCode::Storage,
+            FailureClass::Internal => ExitCode::Internal,
         }
-    }
-
-    /// The class of an exit code, if it is one of a failure.
-    pub fn from_exit_code(code: u8) -> Option<FailureClass> {
-        Self::ALL.into_iter().find(|class| class.exit_code() == code)
     }
 
     /// The name used in files and messages.
@@ -67,13 +64,6 @@ impl FailureClass {
         }
     }
 }
-
-/// Exit code of a session that ran to its end.
-pub const EXIT_COMPLETED: u8 = 0;
-/// Exit code of a session that was told to stop and saved.
-pub const EXIT_STOPPED: u8 = 130;
-/// Exit code of a session that was interrupted by a shutdown and saved; it is to be resumed.
-pub const EXIT_INTERRUPTED: u8 = 131;
 
 /// A training session failed.
 #[derive(Debug, thiserror::Error)]
@@ -225,14 +215,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exit_codes_are_distinct_and_read_back() {
+    fn exit_codes_carry_the_class() {
         for class in FailureClass::ALL {
-            assert_eq!(FailureClass::from_exit_code(class.exit_code()), Some(class));
+            assert_eq!(class.exit_code().class(), Some(class.name()));
             let json = serde_json::to_string(&class).expect("a name");
             assert_eq!(json, format!("\"{}\"", class.name()));
         }
-        assert_eq!(FailureClass::from_exit_code(EXIT_COMPLETED), None);
-        assert_eq!(FailureClass::from_exit_code(EXIT_STOPPED), None);
     }
 
     #[test]

@@ -7,4 +7,5 @@ pub mod early_stop;
 pub mod error;
 pub mod event;
 pub mod files;
+pub mod run_folder;
 pub mod schedule;
