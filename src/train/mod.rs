@@ -1,1 +1,3 @@
-//! (room)
+//! Training.
+
+pub mod plots;
