@@ -33,7 +33,7 @@ const SHEET_MAX: u32 = 1920;
 /// See [`save_png`].
 pub fn batch(plot: &BatchPlot<'_>, names: &[String], path: &Path) -> Result<(), PlotError> {
     let bytes = plot.h * plot.w * 3;
-    let count = if bytes == 0 { 0 } else { (plot.images.len() / bytes).min(IMAGES_MAX) };
+    let count = plot.images.len().checked_div(bytes).unwrap_or(0).min(IMAGES_MAX);
     let cells: Vec<DrawImage> = (0..count)
         .map(|i| {
             let pixels = plot.images[i * bytes..(i + 1) * bytes].to_vec();

@@ -66,10 +66,10 @@ fn cells(plot: &ConfusionPlot, normalized: bool) -> Cells {
     let largest = (0..side * side).map(|i| count(i / side, i % side)).fold(0.0, f64::max);
     let (mut shares, mut texts) = (Vec::new(), Vec::new());
     for row in 0..side {
-        for column in 0..side {
+        for (column, sum) in sums.iter().enumerate() {
             let value = count(row, column);
             if normalized {
-                let share = value / (sums[column] + 1e-9);
+                let share = value / (sum + 1e-9);
                 shares.push(share as f32);
                 texts.push(if share < 0.005 { String::new() } else { format!("{share:.2}") });
             } else {

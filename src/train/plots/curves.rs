@@ -227,15 +227,20 @@ fn legend_rows(
     };
     let measure = if pr { "AP at IoU 0.5".to_string() } else { format!("at confidence {best:.2}") };
     let mean_value = if pr { plot.map50 } else { value_at(mean, best) };
+    // The mean of one class is that class.
+    let single = plot.classes.len() == 1;
     let mut rows = vec![
         heading("", measure),
         LegendRow {
             swatch: Some((MEAN, 5.5)),
-            name: "mean of classes".into(),
+            name: if single { plot.classes[0].name.clone() } else { "mean of classes".into() },
             value: text(mean_value),
             bold: true,
         },
     ];
+    if single {
+        return rows;
+    }
     if coloured {
         rows.extend(plot.classes.iter().map(|c| row(c, class_colour(c.class))));
         return rows;
