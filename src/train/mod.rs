@@ -7,5 +7,6 @@ pub mod early_stop;
 pub mod error;
 pub mod event;
 pub mod files;
+pub mod plots;
 pub mod run_folder;
 pub mod schedule;
