@@ -1,0 +1,1 @@
+//! Every file in `configs/` parses as what it is.
