@@ -43,7 +43,15 @@ fn build(golden: &Golden, block: &str, g: &mut Graph, x: Value) -> Value {
     if block.starts_with("bottleneck") {
         let first = weight("cv1.conv");
         let kernels = [first[2], weight("cv2.conv")[2]];
-        return blocks::bottleneck(g, block, x, c_out, first[0], kernels, description.contains("shortcut=True"));
+        return blocks::bottleneck(
+            g,
+            block,
+            x,
+            c_out,
+            first[0],
+            kernels,
+            description.contains("shortcut=True"),
+        );
     }
     if block.starts_with("c2f") {
         return blocks::c2f(g, block, x, c_out, repeats, description.contains("shortcut=True"));
@@ -66,7 +74,9 @@ fn check(golden: &Golden, block: &str) {
     for array in golden.with_prefix(&prefix) {
         if !array.ends_with("num_batches_tracked") {
             let target = format!("{block}.{}", &array[prefix.len()..]);
-            params.import(&target, &golden.shape(&array), &golden.f32(&array)).expect("the shapes of the file");
+            params
+                .import(&target, &golden.shape(&array), &golden.f32(&array))
+                .expect("the shapes of the file");
         }
     }
     let (train, eval) = (Plan::new(&graph, n, Mode::Train), Plan::new(&graph, n, Mode::Eval));
@@ -104,8 +114,15 @@ fn check(golden: &Golden, block: &str) {
 #[test]
 fn golden_blocks_of_yolov8() {
     let golden = Golden::open("blocks");
-    let blocks =
-        ["conv_k3s2", "conv_k1_noact", "bottleneck_add", "bottleneck_noadd", "c2f_n2", "c2f_n1_noadd", "sppf_v8"];
+    let blocks = [
+        "conv_k3s2",
+        "conv_k1_noact",
+        "bottleneck_add",
+        "bottleneck_noadd",
+        "c2f_n2",
+        "c2f_n1_noadd",
+        "sppf_v8",
+    ];
     for block in blocks {
         check(&golden, block);
     }

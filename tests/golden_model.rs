@@ -17,8 +17,7 @@ fn table(config: &Json) -> Table {
     let scale = config["scales"][config["scale"].as_str().expect("a scale")].as_array().expect("a triple");
     let number = |v: &Json| v.as_f64().expect("a number");
     let count = |v: &Json| v.as_u64().expect("a count") as usize;
-    let scale =
-        Scale { depth: number(&scale[0]), width: number(&scale[1]), max_channels: count(&scale[2]) };
+    let scale = Scale { depth: number(&scale[0]), width: number(&scale[1]), max_channels: count(&scale[2]) };
     let rows = ["backbone", "head"].iter().flat_map(|part| config[part].as_array().expect("rows"));
     let rows = rows.map(|row| {
         let from: Vec<isize> = match &row[0] {
@@ -78,8 +77,13 @@ impl Fixture {
             params.import(target, &golden.shape(&array), &golden.f32(&array)).expect("shapes of the file");
         }
         let loaded = golden.with_prefix("sd.").iter().filter(|a| !a.ends_with("num_batches_tracked")).count();
-        assert_eq!(loaded - 1, params.infos.len(), "every parameter comes from the file, and the rest is the dfl constant");
-        let (train, eval) = (Plan::new(&model.graph, batch, Mode::Train), Plan::new(&model.graph, batch, Mode::Eval));
+        assert_eq!(
+            loaded - 1,
+            params.infos.len(),
+            "every parameter comes from the file, and the rest is the dfl constant"
+        );
+        let (train, eval) =
+            (Plan::new(&model.graph, batch, Mode::Train), Plan::new(&model.graph, batch, Mode::Eval));
         let mut executor = Executor::new(&[&train, &eval], 2).expect("a small plan");
         // One buffer serves both plans.
         let images = nchw_to_nhwc(&shape, &golden.u8("in.img_u8"));
@@ -110,7 +114,9 @@ fn nchw_to_nhwc<T: Copy>(shape: &[usize], data: &[T]) -> Vec<T> {
     let (n, c, pixels) = (shape[0], shape[1], shape[2] * shape[3]);
     let at = |image, pixel, channel| data[(image * c + channel) * pixels + pixel];
     (0..n)
-        .flat_map(|image| (0..pixels).flat_map(move |pixel| (0..c).map(move |channel| (image, pixel, channel))))
+        .flat_map(|image| {
+            (0..pixels).flat_map(move |pixel| (0..c).map(move |channel| (image, pixel, channel)))
+        })
         .map(|(image, pixel, channel)| at(image, pixel, channel))
         .collect()
 }
@@ -142,8 +148,7 @@ fn golden_model_evaluation_runs_folded() {
     let nc = f.model.nc;
     let shape = f.golden.shape("eval.y");
     let anchors = shape[2];
-    let probabilities: Vec<f32> =
-        f.joined(&f.eval, 1).iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
+    let probabilities: Vec<f32> = f.joined(&f.eval, 1).iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
     let expected = f.golden.f32("eval.y");
     for image in 0..f.batch {
         let got = &probabilities[image * nc * anchors..(image + 1) * nc * anchors];
