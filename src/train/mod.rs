@@ -10,3 +10,5 @@ pub mod files;
 pub mod plots;
 pub mod run_folder;
 pub mod schedule;
+pub mod session;
+pub mod weights_file;
