@@ -1,1 +1,3 @@
-//! (room)
+//! Data.
+
+pub mod draw;

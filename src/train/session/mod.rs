@@ -1,0 +1,2 @@
+mod auto_batch;
+mod initial;
