@@ -1,5 +1,15 @@
 //! The command line: one file per command, errors with their causes on standard error, documented exit codes.
 
+mod common;
+mod console;
+pub mod doctor;
+pub mod logs;
+pub mod resume;
+pub mod run;
+pub mod status;
+pub mod stop;
+pub mod submit;
+
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -79,7 +89,8 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped or cancelled.";
+const EXIT_CODES: &str =
+    "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped or cancelled.";
 
 #[derive(Parser)]
 #[command(name = "boxwright", version, about = "Trains object detectors: drop a YAML, get a detector", after_help = EXIT_CODES)]
@@ -90,6 +101,25 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(run::Args),
+    Submit(submit::Args),
+    Status(status::Args),
+    Logs(logs::Args),
+    Stop(stop::Args),
+    Resume(resume::Args),
+    Doctor(doctor::Args),
+}
+
+fn dispatch(command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Run(args) => run::run(args),
+        Command::Submit(args) => submit::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Logs(args) => logs::run(args),
+        Command::Stop(args) => stop::run(args),
+        Command::Resume(args) => resume::run(args),
+        Command::Doctor(args) => doctor::run(args),
+    }
 }
 
 /// Parses the arguments, runs the command and returns its exit code.
@@ -104,7 +134,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    match run(cli.command) {
+    match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {}", with_causes(&error));
