@@ -141,7 +141,7 @@ impl Supervisor {
                 for record in stops {
                     actor.stopped(record, ctx);
                 }
-                actor.start(round);
+                actor.start(round, ctx);
             }
             Err(error) => {
                 log_journal("schedule", &error);
@@ -153,19 +153,20 @@ impl Supervisor {
         }));
     }
 
-    fn start(&mut self, round: Round) {
+    fn start(&mut self, round: Round, ctx: &mut Context<Self>) {
         self.next_due_unix_ms = round.next_due_unix_ms;
+        // A delay that ends before the next tick is kept exactly.
+        if let Some(due_ms) = self.next_due_unix_ms.map(|due| (due - now_unix_ms()).max(1) as u64)
+            && due_ms < TICK.as_millis() as u64
+        {
+            ctx.notify_later(Wake, Duration::from_millis(due_ms));
+        }
         for record in round.starts {
             let Some(slot) = self.slots.iter_mut().find(|slot| slot.busy.is_none()) else {
                 unreachable!("a round starts no more jobs than there are free slots");
             };
+            prepare_log(&record);
             tracing::info!(task_id = %record.task_id, attempt = record.attempts, "starting in {}", record.run_dir.display());
-            let spec = &record.spec;
-            crate::adapters::logs::set_job_log(
-                record.task_id.as_str(),
-                spec.log_level.as_deref(),
-                spec.log_format.as_deref(),
-            );
             self.observer.notice(&Notice::Started(Box::new(record.clone())));
             // do_send: the mailbox has no limit for it, and a closed one ends this actor at the next tick.
             slot.trainer.do_send(Start(Box::new(record.clone())));
@@ -176,6 +177,7 @@ impl Supervisor {
 
     /// Acts on a record that was asked to stop: it is cancelled already, or its trainer is told.
     fn stopped(&mut self, record: JobRecord, ctx: &mut Context<Self>) {
+        prepare_log(&record);
         tracing::info!(task_id = %record.task_id, state = %record.state, "{}", record.reason);
         if record.state == JobState::Stopping {
             let grace_ms = self.config.stop_grace_ms;
@@ -329,6 +331,16 @@ pub fn request_stop(
         }
         JobState::Stopping | JobState::Completed | JobState::Failed | JobState::Cancelled => Ok(None),
     }
+}
+
+/// Gives the job's log the level and format that the job asked for; called before the first line about it.
+pub(super) fn prepare_log(record: &JobRecord) {
+    let spec = &record.spec;
+    crate::adapters::logs::set_job_log(
+        record.task_id.as_str(),
+        spec.log_level.as_deref(),
+        spec.log_format.as_deref(),
+    );
 }
 
 /// Keeps the last word of each kind that a status shows.
