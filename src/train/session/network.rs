@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use crate::data::Batch;
-use crate::detect::losses::detection::{DetectionLoss, HeadLevel, HeadLevelGrad, LossConfig, LossItems};
+use crate::detect::decode::HeadLevel;
+use crate::detect::losses::detection::{DetectionLoss, HeadLevelGrad, LossConfig, LossItems};
 use crate::detect::models::{Detector, ModelError};
 use crate::detect::targets::Target;
 use crate::engine::device::cpu::Executor;
@@ -71,9 +72,10 @@ impl Network {
         &self.name
     }
 
-    /// Runs `work` on the compute threads.
-    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.executor.install(work)
+    /// Runs `work` on the parameters, on the compute threads.
+    pub fn with_params<R: Send>(&mut self, work: impl FnOnce(&mut ParamSet) -> R + Send) -> R {
+        let Network { executor, params, .. } = self;
+        executor.install(|| work(params))
     }
 
     /// Makes sure that a batch of this shape can run, growing memory and workspaces if needed.
