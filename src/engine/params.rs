@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use super::error::EngineError;
 use super::graph::Graph;
+use super::optim::{Form, Role, Tensor};
 
 /// What a parameter is; decides its shape, its place and its optimiser group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,6 +184,24 @@ impl ParamSet {
         }
         self.numbers_mut(i).copy_from_slice(&from_reference(&kind, numbers));
         Ok(())
+    }
+
+    /// The trainable tensors as optimisers see them, in the order of the network.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        let trainable = self.infos.iter().filter(|p| !p.kind.is_buffer());
+        let tensors = trainable.map(|p| {
+            let (role, form) = match p.kind {
+                ParamKind::ConvWeight { kernel, c_in, c_out } => {
+                    // The last two dimensions of a convolution weight are its square kernel.
+                    let form = Form::Matrix { rows: kernel * kernel * c_in, cols: c_out, aspect: 1.0 };
+                    (Role::Weight, form)
+                }
+                ParamKind::NormWeight { .. } => (Role::Norm, Form::Vector),
+                _ => (Role::Bias, Form::Vector),
+            };
+            Tensor { name: p.name.clone(), range: p.range.clone(), role, form, frozen: p.frozen }
+        });
+        tensors.collect()
     }
 
     /// Sets all gradients to zero.

@@ -257,9 +257,8 @@ fn parse(bytes: &[u8]) -> Result<Checkpoint, String> {
     }
     let (header, data) = content[8..].split_at(header_len);
     let header: serde_json::Value = serde_json::from_slice(header).map_err(|e| format!("header: {e}"))?;
-    let text = |key: &str| {
-        header["__metadata__"][key].as_str().ok_or_else(|| format!("the header has no {key}"))
-    };
+    let text =
+        |key: &str| header["__metadata__"][key].as_str().ok_or_else(|| format!("the header has no {key}"));
     let progress: Progress = serde_json::from_str(text("progress")?).map_err(|e| format!("progress: {e}"))?;
     let scalars: OptimizerScalars =
         serde_json::from_str(text("optimizer")?).map_err(|e| format!("optimizer: {e}"))?;

@@ -108,6 +108,9 @@ mod tests {
             Err(TrainError::Memory { batch: 16, imgsz: 64, largest: 9, .. }) => {}
             other => panic!("{other:?}"),
         }
-        assert!(matches!(choose(Batch::Auto, 10, 1000), Err(TrainError::Memory { batch: 1, largest: 0, .. })));
+        assert!(matches!(
+            choose(Batch::Auto, 10, 1000),
+            Err(TrainError::Memory { batch: 1, largest: 0, .. })
+        ));
     }
 }
