@@ -1,0 +1,1 @@
+//! Convolution against a plain f64 reference.
