@@ -52,6 +52,12 @@ impl Conv2dParams {
         (n * h * w) as u64 * self.weight_len() as u64
     }
 
+    /// Zero pixels that [`cpu::backward_data`] needs around the gradient of the output:
+    /// `(kernel - 1 - pad) / stride`, rounded up.
+    pub fn gradient_border(&self) -> usize {
+        self.kernel.saturating_sub(1 + self.pad).div_ceil(self.stride)
+    }
+
     /// Floats of the buffer for [`cpu::pack_forward`]. Align it to 64 bytes for speed.
     pub fn packed_forward_len(&self) -> usize {
         self.kernel * self.kernel * self.c_in * self.c_out.next_multiple_of(LANES_MAX)

@@ -200,14 +200,14 @@ unsafe fn stats_row<S: Simd, const FULL: bool>(s: S, span: &RowSpan, v: usize, s
             sum[0] = s.add(sum[0], d);
             square[0] = s.fma(d, d, square[0]);
         }
-        let mut row = [[0.0f32; 16]; 2];
+        let (mut row_sum, mut row_square) = ([0.0f32; 16], [0.0f32; 16]);
         let sum = s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3]));
         let square = s.add(s.add(square[0], square[1]), s.add(square[2], square[3]));
-        s.store(row[0].as_mut_ptr(), sum);
-        s.store(row[1].as_mut_ptr(), square);
-        for i in 0..S::LANES {
-            stats.sum[from + i] += f64::from(row[0][i]);
-            stats.square[from + i] += f64::from(row[1][i]);
+        s.store(row_sum.as_mut_ptr(), sum);
+        s.store(row_square.as_mut_ptr(), square);
+        for (i, (&sum, &square)) in row_sum.iter().zip(&row_square).enumerate().take(S::LANES) {
+            stats.sum[from + i] += f64::from(sum);
+            stats.square[from + i] += f64::from(square);
         }
     }
 }
@@ -298,7 +298,7 @@ pub fn finish_stats(
 }
 
 /// See [`super::backward_bias`].
-pub(super) fn bias_gradient(level: Level, p: &Conv2dParams, dy: Src, dbias: &mut [f32]) {
+pub(in super::super) fn bias_gradient(level: Level, p: &Conv2dParams, dy: Src, dbias: &mut [f32]) {
     assert!(dy.view.c == p.c_out && dbias.len() == p.c_out, "bias gradient of {p:?}");
     dbias
         .par_chunks_mut(level.lanes())

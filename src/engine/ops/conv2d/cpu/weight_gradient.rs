@@ -63,7 +63,7 @@ unsafe impl Send for Job<'_> {}
 unsafe impl Sync for Job<'_> {}
 
 /// See [`super::backward_weight`].
-pub(super) fn run(
+pub(in super::super) fn run(
     level: Level,
     p: &Conv2dParams,
     x: Src,
