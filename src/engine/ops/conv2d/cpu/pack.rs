@@ -18,7 +18,12 @@ impl Blocks {
     /// Blocks for `channels` outputs; depends on the level and the channels alone.
     pub(super) fn new(level: Level, channels: usize) -> Blocks {
         let vectors = channels.div_ceil(level.lanes());
-        let widest = super::tile::widest_block(level, vectors);
+        Blocks::at_most(super::tile::widest_block(level, vectors), level, channels)
+    }
+
+    /// Blocks of at most `widest` vectors.
+    pub(super) fn at_most(widest: usize, level: Level, channels: usize) -> Blocks {
+        let vectors = channels.div_ceil(level.lanes());
         Blocks { vectors, count: vectors.div_ceil(widest) }
     }
 
