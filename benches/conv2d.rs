@@ -118,8 +118,8 @@ fn best_of(repeats: usize, mut f: impl FnMut()) -> f64 {
     })
 }
 
-/// Seconds of forward with statistics, data gradient, weight gradient.
-fn measure(shape: &Shape, imgsz: usize, batch: usize, repeats: usize) -> ([f64; 3], u64) {
+/// Seconds of forward with statistics, data gradient, weight gradient, packing for both.
+fn measure(shape: &Shape, imgsz: usize, batch: usize, repeats: usize) -> ([f64; 4], u64) {
     let &Shape(c_in, c_out, kernel, stride, map, _, pitch) = shape;
     let p = Conv2dParams { c_in, c_out, kernel, stride, pad: kernel / 2 };
     let size = imgsz / map;
@@ -134,8 +134,10 @@ fn measure(shape: &Shape, imgsz: usize, batch: usize, repeats: usize) -> ([f64; 
     let mut workspace = Buffer::new(p.backward_weight_workspace_len(batch, out, out));
     let mut partials = vec![0.0; cpu::stats_partials_len(&p, batch, out, out)];
     let weight_len = p.weight_len();
-    cpu::pack_forward(&p, &weight.slice()[..weight_len], packed.slice());
-    cpu::pack_backward(&p, &weight.slice()[..weight_len], packed_back.slice());
+    let pack = best_of(repeats, || {
+        cpu::pack_forward(&p, &weight.slice()[..weight_len], packed.slice());
+        cpu::pack_backward(&p, &weight.slice()[..weight_len], packed_back.slice());
+    });
     let forward = best_of(repeats, || {
         let epilogue = cpu::Epilogue::Stats { partials: &mut partials };
         cpu::forward(&p, Src::of(x.slice(), xv), packed.slice(), Dst::of(y.slice(), yv), epilogue);
@@ -151,7 +153,7 @@ fn measure(shape: &Shape, imgsz: usize, batch: usize, repeats: usize) -> ([f64; 
             cpu::backward_data(&p, dy, packed_back.slice(), dx, false);
         }),
     };
-    ([forward, data, weights], p.macs(batch, size, size))
+    ([forward, data, weights, pack], p.macs(batch, size, size))
 }
 
 fn main() {
@@ -178,7 +180,7 @@ fn main() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
         println!("\n{threads} thread(s): GFLOP/s (% of peak) and ms");
         println!("{:>24} {:>3} {:>22} {:>22} {:>22}", "shape", "n", "forward", "data", "weight");
-        let (mut total, mut flops) = ([0.0; 3], 0.0);
+        let (mut total, mut flops) = ([0.0; 4], 0.0);
         for shape in YOLOV8N {
             let &Shape(c_in, c_out, k, s, map, count, pitch) = shape;
             let name = format!("{c_in}-{c_out} k{k} s{s} @{}", imgsz / map);
@@ -189,20 +191,25 @@ fn main() {
             let slice = if pitch == c_in { "" } else { " slice" };
             print!("{:>24} {count:>3}", name + slice);
             for (total, seconds) in total.iter_mut().zip(seconds) {
+                *total += seconds * 1e3 * count as f64;
+            }
+            for seconds in &seconds[..3] {
                 let rate = 2e-9 * macs as f64 / seconds.max(1e-12);
                 let share = 100.0 * rate / peak / threads as f64;
-                match seconds {
+                match *seconds {
                     0.0 => print!(" {:>22}", "-"),
                     _ => print!(" {rate:>8.0} {share:>3.0}% {:>8.3}", seconds * 1e3),
                 }
-                *total += seconds * 1e3 * count as f64;
             }
             println!();
             flops += 2e-9 * (macs as usize * count) as f64;
         }
         let all: f64 = total.iter().sum();
-        let [f, d, w] = total;
-        println!("forward {f:.1} ms ({:.0} GFLOP/s), data {d:.1} ms, weight {w:.1} ms", flops / f * 1e3);
+        let [f, d, w, packing] = total;
+        println!(
+            "forward {f:.1} ms ({:.0} GFLOP/s), data {d:.1} ms, weight {w:.1} ms, packing {packing:.1} ms",
+            flops / f * 1e3
+        );
         println!("all passes {all:.1} ms, {:.0} GFLOP/s", 3e3 * flops / all);
     }
 }

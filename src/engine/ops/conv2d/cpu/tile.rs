@@ -141,7 +141,8 @@ impl Tiles for crate::engine::simd::Avx512 {
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles for crate::engine::simd::Avx2 {
-    const WEIGHT_BLOCK: usize = 3;
+    // Three vectors leave no register for the mask of the last one.
+    const WEIGHT_BLOCK: usize = 2;
     fn widest_block(vectors: usize) -> usize {
         if vectors == 3 { 3 } else { 2 }
     }
