@@ -286,14 +286,29 @@ pub fn finish_stats(
         let first = chunk % split.chunks * split.rows;
         ((h_out.min(first + split.rows) - first) * w_out) as f64
     };
-    for c in 0..p.c_out {
-        let chunks = || partials.chunks_exact(2 * p.c_out).enumerate();
-        let sum: f64 = chunks().map(|(i, part)| pixels(i) * part[c]).sum();
-        let center = sum / total;
-        let squares: f64 =
-            chunks().map(|(i, part)| part[p.c_out + c] + pixels(i) * (part[c] - center).powi(2)).sum();
-        mean[c] = center as f32;
-        var[c] = (squares / total) as f32;
+    // Some channels at a time, on the stack, so that the inner loops run over contiguous numbers.
+    const PIECE: usize = 64;
+    for first in (0..p.c_out).step_by(PIECE) {
+        let width = PIECE.min(p.c_out - first);
+        let (mut center, mut squares) = ([0.0f64; PIECE], [0.0f64; PIECE]);
+        for (i, part) in partials.chunks_exact(2 * p.c_out).enumerate() {
+            let weight = pixels(i) / total;
+            for (center, &mean) in center.iter_mut().zip(&part[first..first + width]) {
+                *center += weight * mean;
+            }
+        }
+        for (i, part) in partials.chunks_exact(2 * p.c_out).enumerate() {
+            let (means, deviations) = part.split_at(p.c_out);
+            let count = pixels(i);
+            for c in 0..width {
+                let d = means[first + c] - center[c];
+                squares[c] += deviations[first + c] + count * d * d;
+            }
+        }
+        for c in 0..width {
+            mean[first + c] = center[c] as f32;
+            var[first + c] = (squares[c] / total) as f32;
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::engine::tensor::Src;
 
 /// Pixels in a chunk: inputs and gradients of a register tile over that many stay in the first-level
 /// cache from tap to tap, and the sums are long against the cost of storing them.
-const CHUNK_PIXELS: usize = 160;
+const CHUNK_PIXELS: usize = 240;
 /// Pixels for which a partial sum of its own pays.
 const SPLIT_PIXELS: usize = 512;
 /// Most floats of all partial sums.
