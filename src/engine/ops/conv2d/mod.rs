@@ -52,9 +52,10 @@ impl Conv2dParams {
         (n * h * w) as u64 * self.weight_len() as u64
     }
 
-    /// Zero pixels that the backward pass needs around the gradient of the output.
-    pub fn gradient_pad(&self) -> usize {
-        if self.stride == 1 { self.kernel - 1 - self.pad } else { usize::from(self.kernel > 1) }
+    /// Zero pixels that [`cpu::backward_data`] needs around the gradient of the output:
+    /// `(kernel - 1 - pad) / stride`, rounded up.
+    pub fn gradient_border(&self) -> usize {
+        self.kernel.saturating_sub(1 + self.pad).div_ceil(self.stride)
     }
 
     /// Floats of the buffer for [`cpu::pack_forward`]. Align it to 64 bytes for speed.

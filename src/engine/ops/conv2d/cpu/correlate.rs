@@ -75,7 +75,14 @@ impl Split {
 }
 
 /// See [`super::forward`].
-pub(super) fn forward(level: Level, p: &Conv2dParams, x: Src, packed: &[f32], y: Dst, epilogue: Epilogue) {
+pub(in super::super) fn forward(
+    level: Level,
+    p: &Conv2dParams,
+    x: Src,
+    packed: &[f32],
+    y: Dst,
+    epilogue: Epilogue,
+) {
     let (xv, yv) = (x.view, y.view);
     assert_eq!((yv.h, yv.w), p.output_size(xv.h, xv.w), "output of {p:?} on {xv:?}");
     assert!(xv.n == yv.n && xv.c == p.c_in && yv.c == p.c_out, "{p:?} from {xv:?} to {yv:?}");
@@ -115,7 +122,7 @@ pub(super) fn forward(level: Level, p: &Conv2dParams, x: Src, packed: &[f32], y:
 }
 
 /// See [`super::backward_data`].
-pub(super) fn backward_data(
+pub(in super::super) fn backward_data(
     level: Level,
     p: &Conv2dParams,
     dy: Src,

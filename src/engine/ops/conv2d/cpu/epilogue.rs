@@ -200,14 +200,14 @@ unsafe fn stats_row<S: Simd, const FULL: bool>(s: S, span: &RowSpan, v: usize, s
             sum[0] = s.add(sum[0], d);
             square[0] = s.fma(d, d, square[0]);
         }
-        let mut row = [[0.0f32; 16]; 2];
+        let (mut row_sum, mut row_square) = ([0.0f32; 16], [0.0f32; 16]);
         let sum = s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3]));
         let square = s.add(s.add(square[0], square[1]), s.add(square[2], square[3]));
-        s.store(row[0].as_mut_ptr(), sum);
-        s.store(row[1].as_mut_ptr(), square);
-        for i in 0..S::LANES {
-            stats.sum[from + i] += f64::from(row[0][i]);
-            stats.square[from + i] += f64::from(row[1][i]);
+        s.store(row_sum.as_mut_ptr(), sum);
+        s.store(row_square.as_mut_ptr(), square);
+        for (i, (&sum, &square)) in row_sum.iter().zip(&row_square).enumerate().take(S::LANES) {
+            stats.sum[from + i] += f64::from(sum);
+            stats.square[from + i] += f64::from(square);
         }
     }
 }
@@ -286,19 +286,34 @@ pub fn finish_stats(
         let first = chunk % split.chunks * split.rows;
         ((h_out.min(first + split.rows) - first) * w_out) as f64
     };
-    for c in 0..p.c_out {
-        let chunks = || partials.chunks_exact(2 * p.c_out).enumerate();
-        let sum: f64 = chunks().map(|(i, part)| pixels(i) * part[c]).sum();
-        let center = sum / total;
-        let squares: f64 =
-            chunks().map(|(i, part)| part[p.c_out + c] + pixels(i) * (part[c] - center).powi(2)).sum();
-        mean[c] = center as f32;
-        var[c] = (squares / total) as f32;
+    // Some channels at a time, on the stack, so that the inner loops run over contiguous numbers.
+    const PIECE: usize = 64;
+    for first in (0..p.c_out).step_by(PIECE) {
+        let width = PIECE.min(p.c_out - first);
+        let (mut center, mut squares) = ([0.0f64; PIECE], [0.0f64; PIECE]);
+        for (i, part) in partials.chunks_exact(2 * p.c_out).enumerate() {
+            let weight = pixels(i) / total;
+            for (center, &mean) in center.iter_mut().zip(&part[first..first + width]) {
+                *center += weight * mean;
+            }
+        }
+        for (i, part) in partials.chunks_exact(2 * p.c_out).enumerate() {
+            let (means, deviations) = part.split_at(p.c_out);
+            let count = pixels(i);
+            for c in 0..width {
+                let d = means[first + c] - center[c];
+                squares[c] += deviations[first + c] + count * d * d;
+            }
+        }
+        for c in 0..width {
+            mean[first + c] = center[c] as f32;
+            var[first + c] = (squares[c] / total) as f32;
+        }
     }
 }
 
 /// See [`super::backward_bias`].
-pub(super) fn bias_gradient(level: Level, p: &Conv2dParams, dy: Src, dbias: &mut [f32]) {
+pub(in super::super) fn bias_gradient(level: Level, p: &Conv2dParams, dy: Src, dbias: &mut [f32]) {
     assert!(dy.view.c == p.c_out && dbias.len() == p.c_out, "bias gradient of {p:?}");
     dbias
         .par_chunks_mut(level.lanes())

@@ -21,7 +21,7 @@ mod weight_tile;
 
 use super::Conv2dParams;
 use crate::engine::activation::Activation;
-use crate::engine::simd::{self, Level};
+use crate::engine::simd;
 use crate::engine::tensor::{Dst, Src};
 
 pub use epilogue::{finish_stats, stats_partials_len};
@@ -74,16 +74,16 @@ pub fn pack_backward(p: &Conv2dParams, weight: &[f32], packed: &mut [f32]) {
 /// `x`: `[n, h, w, c_in]` with a zero border of at least `pad`; `y`: `[n, h_out, w_out, c_out]`,
 /// its border is not written. Both may be slices of channels.
 pub fn forward(p: &Conv2dParams, x: Src, packed: &[f32], y: Dst, epilogue: Epilogue) {
-    forward_at(simd::level(), p, x, packed, y, epilogue);
+    correlate::forward(simd::level(), p, x, packed, y, epilogue);
 }
 
 /// `dx = dy * transposed weight`, or `dx += ..` with `accumulate`.
 ///
 /// # Shapes
-/// `dy`: `[n, h_out, w_out, c_out]` with a zero border: `kernel - 1 - pad` for stride 1, 1 for
-/// stride 2 (`kernel <= 2 pad + 2`); `dx`: `[n, h, w, c_in]`, its border is not written.
+/// `dy`: `[n, h_out, w_out, c_out]` with a zero border of at least
+/// [`Conv2dParams::gradient_border`]; `dx`: `[n, h, w, c_in]`, its border is not written.
 pub fn backward_data(p: &Conv2dParams, dy: Src, packed: &[f32], dx: Dst, accumulate: bool) {
-    backward_data_at(simd::level(), p, dy, packed, dx, accumulate);
+    correlate::backward_data(simd::level(), p, dy, packed, dx, accumulate);
 }
 
 /// `dweight += ` the gradient of the weight, `[kernel][kernel][c_in][c_out]`.
@@ -100,19 +100,12 @@ pub fn backward_bias(p: &Conv2dParams, dy: Src, dbias: &mut [f32]) {
     epilogue::bias_gradient(simd::level(), p, dy, dbias);
 }
 
-/// [`forward`] with a given instruction set; the weights must have been packed for it.
-pub(super) fn forward_at(level: Level, p: &Conv2dParams, x: Src, packed: &[f32], y: Dst, epilogue: Epilogue) {
-    correlate::forward(level, p, x, packed, y, epilogue);
-}
-
-/// [`backward_data`] with a given instruction set; the weights must have been packed for it.
-pub(super) fn backward_data_at(
-    level: Level,
-    p: &Conv2dParams,
-    dy: Src,
-    packed: &[f32],
-    dx: Dst,
-    accumulate: bool,
-) {
-    correlate::backward_data(level, p, dy, packed, dx, accumulate);
-}
+// The same with a given instruction set, for the tests; weights must have been packed for it.
+#[cfg(test)]
+pub(super) use correlate::{backward_data as backward_data_at, forward as forward_at};
+#[cfg(test)]
+pub(super) use epilogue::bias_gradient as backward_bias_at;
+#[cfg(test)]
+pub(super) use pack::{backward as pack_backward_at, forward as pack_forward_at};
+#[cfg(test)]
+pub(super) use weight_gradient::run as backward_weight_at;

@@ -18,7 +18,12 @@ impl Blocks {
     /// Blocks for `channels` outputs; depends on the level and the channels alone.
     pub(super) fn new(level: Level, channels: usize) -> Blocks {
         let vectors = channels.div_ceil(level.lanes());
-        let widest = super::tile::widest_block(level, vectors);
+        Blocks::at_most(super::tile::widest_block(level, vectors), level, channels)
+    }
+
+    /// Blocks of at most `widest` vectors.
+    pub(super) fn at_most(widest: usize, level: Level, channels: usize) -> Blocks {
+        let vectors = channels.div_ceil(level.lanes());
         Blocks { vectors, count: vectors.div_ceil(widest) }
     }
 
@@ -66,7 +71,7 @@ impl Parity {
 }
 
 /// Packs for the forward pass.
-pub(super) fn forward(level: Level, p: &Conv2dParams, weight: &[f32], packed: &mut [f32]) {
+pub(in super::super) fn forward(level: Level, p: &Conv2dParams, weight: &[f32], packed: &mut [f32]) {
     assert_eq!(weight.len(), p.weight_len(), "weight of {p:?}");
     let (lanes, blocks) = (level.lanes(), Blocks::new(level, p.c_out));
     let depth = p.kernel * p.kernel * p.c_in;
@@ -85,7 +90,7 @@ pub(super) fn forward(level: Level, p: &Conv2dParams, weight: &[f32], packed: &m
 
 /// Packs for the data gradient: for each parity of row and column, the taps of that parity, the
 /// roles of the channels exchanged.
-pub(super) fn backward(level: Level, p: &Conv2dParams, weight: &[f32], packed: &mut [f32]) {
+pub(in super::super) fn backward(level: Level, p: &Conv2dParams, weight: &[f32], packed: &mut [f32]) {
     assert_eq!(weight.len(), p.weight_len(), "weight of {p:?}");
     let (lanes, blocks) = (level.lanes(), Blocks::new(level, p.c_in));
     let mut rest = &mut packed[..p.kernel * p.kernel * p.c_out * p.c_in.next_multiple_of(lanes)];

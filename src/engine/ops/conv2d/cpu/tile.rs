@@ -90,6 +90,8 @@ unsafe fn tile<S: Simd, const PIXELS: usize, const VECTORS: usize>(s: S, args: &
 
 /// The sizes of register tiles of one instruction set.
 pub(super) trait Tiles: Simd {
+    /// Widest block, in vectors, for the weight gradient.
+    const WEIGHT_BLOCK: usize;
     /// Widest block, in vectors, for an output of `vectors` vectors.
     fn widest_block(vectors: usize) -> usize;
     /// Most pixels (or input channels) in a tile of `vectors` vectors.
@@ -121,6 +123,7 @@ macro_rules! tile_tables {
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles for crate::engine::simd::Avx512 {
+    const WEIGHT_BLOCK: usize = 3;
     fn widest_block(vectors: usize) -> usize {
         if vectors == 5 { 5 } else { 4 }
     }
@@ -138,6 +141,8 @@ impl Tiles for crate::engine::simd::Avx512 {
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles for crate::engine::simd::Avx2 {
+    // Three vectors leave no register for the mask of the last one.
+    const WEIGHT_BLOCK: usize = 2;
     fn widest_block(vectors: usize) -> usize {
         if vectors == 3 { 3 } else { 2 }
     }
@@ -152,6 +157,7 @@ impl Tiles for crate::engine::simd::Avx2 {
 }
 
 impl Tiles for Portable {
+    const WEIGHT_BLOCK: usize = 1;
     fn widest_block(_vectors: usize) -> usize {
         1
     }

@@ -14,7 +14,7 @@ use crate::engine::tensor::Src;
 
 /// Pixels in a chunk: inputs and gradients of a register tile over that many stay in the first-level
 /// cache from tap to tap, and the sums are long against the cost of storing them.
-const CHUNK_PIXELS: usize = 192;
+const CHUNK_PIXELS: usize = 240;
 /// Pixels for which a partial sum of its own pays.
 const SPLIT_PIXELS: usize = 512;
 /// Most floats of all partial sums.
@@ -63,7 +63,7 @@ unsafe impl Send for Job<'_> {}
 unsafe impl Sync for Job<'_> {}
 
 /// See [`super::backward_weight`].
-pub(super) fn run(
+pub(in super::super) fn run(
     level: Level,
     p: &Conv2dParams,
     x: Src,
@@ -139,7 +139,7 @@ crate::simd_dispatch! {
 /// Number of register tiles of one tap, all blocks together.
 #[inline(always)]
 fn units_body<S: Tiles>(_s: S, job: &Job) -> usize {
-    let blocks = Blocks::new(job.level, job.p.c_out);
+    let blocks = Blocks::at_most(S::WEIGHT_BLOCK, job.level, job.p.c_out);
     (0..blocks.count()).map(|b| even_parts(job.run, S::height_max(blocks.get(b).1)).0).sum()
 }
 
@@ -150,7 +150,7 @@ fn run_task_body<S: Tiles>(s: S, job: &Job, split: usize, units: Range<usize>) {
     let per_image = chunks_per_image(view.h, view.w);
     let chunks = view.n * per_image;
     let chunks = split * chunks / job.splits..(split + 1) * chunks / job.splits;
-    let blocks = Blocks::new(job.level, job.p.c_out);
+    let blocks = Blocks::at_most(S::WEIGHT_BLOCK, job.level, job.p.c_out);
     for chunk in chunks.clone() {
         let accumulate = job.accumulate || chunk != chunks.start;
         let first = chunk % per_image * chunk_rows(view.h, view.w);
