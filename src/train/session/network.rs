@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::data::Batch;
-use crate::detect::losses::detection::{DetectionLoss, HeadLevel, HeadLevelGrad, LossConfig, LossItems};
+use crate::detect::decode::HeadLevel;
+use crate::detect::losses::detection::{DetectionLoss, HeadLevelGrad, LossConfig, LossItems};
 use crate::detect::models::{Detector, ModelError};
 use crate::detect::targets::Target;
 use crate::engine::device::cpu::{Executor, Profile};
@@ -73,20 +74,15 @@ impl Network {
         &self.name
     }
 
-    /// Changes the parameters on the compute threads: for optimisers.
-    pub fn update<R: Send>(&mut self, work: impl FnOnce(&mut ParamSet) -> R + Send) -> R {
-        let params = &mut self.params;
-        self.executor.install(|| work(params))
-    }
-
     /// Where the engine's time went, and seconds of the loss when training, since the last call.
     pub fn take_profile(&mut self) -> (Profile, f64) {
         (self.executor.take_profile(), std::mem::take(&mut self.loss_time).as_secs_f64())
     }
 
-    /// Runs `work` on the compute threads.
-    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.executor.install(work)
+    /// Runs `work` on the parameters, on the compute threads.
+    pub fn with_params<R: Send>(&mut self, work: impl FnOnce(&mut ParamSet) -> R + Send) -> R {
+        let Network { executor, params, .. } = self;
+        executor.install(|| work(params))
     }
 
     /// Makes sure that a batch of this shape can run, growing memory and workspaces if needed.
