@@ -6,6 +6,7 @@ pub mod boxes;
 pub mod decode;
 pub mod embedding;
 pub mod losses;
+pub mod metrics;
 pub mod models;
 pub mod nms;
 pub mod targets;
