@@ -11,4 +11,5 @@ pub mod plots;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;
+pub mod trained_model;
 pub mod weights_file;
