@@ -34,21 +34,24 @@ pub fn probe(path: &Path, verify: Verify) -> Result<ImageFacts, DataError> {
     if bytes.is_empty() {
         return Err(DataError::image(path, "the file is empty"));
     }
+    let whole = completeness(&bytes);
+    if whole == Some(false) {
+        return Err(DataError::image(path, "the file is cut short (its end marker is missing)"));
+    }
     let (width, height) = decode::displayed_size(path, &bytes)?;
     if width < SIDE_MIN || height < SIDE_MIN {
-        return Err(DataError::image(path, format!("{width}x{height} pixels; allowed: sides of at least {SIDE_MIN}")));
+        return Err(DataError::image(
+            path,
+            format!("{width}x{height} pixels; allowed: sides of at least {SIDE_MIN}"),
+        ));
     }
     if u64::from(width) * u64::from(height) > decode::PIXELS_MAX {
         let allowed = decode::PIXELS_MAX;
         return Err(DataError::image(path, format!("{width}x{height} pixels; allowed: at most {allowed}")));
     }
-    match completeness(&bytes) {
-        Some(false) => return Err(DataError::image(path, "the file is cut short (its end marker is missing)")),
-        Some(true) if verify == Verify::Structure => {}
-        // Formats without a structure that is cheap to walk are decoded whatever was asked for.
-        _ => {
-            decode::decode_bytes(path, &bytes)?;
-        }
+    // Formats without a structure that is cheap to walk are decoded whatever was asked for.
+    if whole.is_none() || verify == Verify::Decode {
+        decode::decode_bytes(path, &bytes)?;
     }
     Ok(ImageFacts { width, height })
 }
@@ -110,7 +113,8 @@ mod tests {
     use super::*;
 
     fn encoded(format: image::ImageFormat) -> Vec<u8> {
-        let picture = image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, (x * y) as u8]));
+        let picture =
+            image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, (x * y) as u8]));
         let mut bytes = Vec::new();
         picture.write_to(&mut Cursor::new(&mut bytes), format).expect("encodes");
         bytes
@@ -120,7 +124,9 @@ mod tests {
     fn cut_files_are_found_and_whole_ones_pass() {
         let dir = tempfile::tempdir().expect("a folder");
         use image::ImageFormat::{Bmp, Jpeg, Png, Tiff, WebP};
-        for (format, name) in [(Jpeg, "a.jpg"), (Png, "a.png"), (Bmp, "a.bmp"), (WebP, "a.webp"), (Tiff, "a.tif")] {
+        for (format, name) in
+            [(Jpeg, "a.jpg"), (Png, "a.png"), (Bmp, "a.bmp"), (WebP, "a.webp"), (Tiff, "a.tif")]
+        {
             let bytes = encoded(format);
             let path = dir.path().join(name);
             for verify in [Verify::Structure, Verify::Decode] {
