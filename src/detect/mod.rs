@@ -10,3 +10,4 @@ pub mod metrics;
 pub mod models;
 pub mod nms;
 pub mod targets;
+pub mod weights;
