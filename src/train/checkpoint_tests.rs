@@ -51,7 +51,7 @@ fn borrow(c: &Checkpoint) -> CheckpointRef<'_> {
         ema_values: &c.ema_values,
         ema_buffers: &c.ema_buffers,
         grads: c.grads.as_deref(),
-        optimizer: &c.optimizer,
+        optimizer: c.optimizer.by_ref(),
     }
 }
 

@@ -1,7 +1,6 @@
 //! Weights files of a run: safetensors with the reference's parameter names.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 
 use super::error::TrainError;
@@ -62,6 +61,27 @@ pub fn write(
     })
 }
 
+/// Reads the parameters and running statistics of a file that [`write`] made back into `params`.
+///
+/// # Errors
+/// [`TrainError::Weights`] when the file is not one of these or belongs to another network.
+pub fn read(path: &Path, params: &mut ParamSet) -> Result<(), TrainError> {
+    let fault = |message: String| TrainError::Weights { path: path.to_owned(), message, source: None };
+    let bytes = std::fs::read(path).map_err(|e| TrainError::storage("read", path, e))?;
+    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| fault(e.to_string()))?;
+    for index in 0..params.infos.len() {
+        let name = params.infos[index].name.clone();
+        let tensor = file.tensor(&name).map_err(|e| fault(e.to_string()))?;
+        if tensor.dtype() != safetensors::Dtype::F32 {
+            return Err(fault(format!("{name} is {:?}, expected f32", tensor.dtype())));
+        }
+        let numbers = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+        let numbers: Vec<f32> = numbers.collect();
+        params.import(&name, tensor.shape(), &numbers).map_err(|e| fault(e.to_string()))?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,6 +99,12 @@ mod tests {
         let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
         // The number of entries of the reference's state dict for this network.
         assert_eq!(file.len(), 355);
+        let mut again = ParamSet::new(&detector.graph);
+        read(&path, &mut again).expect("its own file");
+        let names = params.infos.iter().map(|i| i.name.as_str());
+        for name in names {
+            assert_eq!(again.export(name).expect(name), params.export(name).expect(name));
+        }
         let tensor = file.tensor("model.0.conv.weight").expect("the first convolution");
         assert_eq!(tensor.shape(), [16, 3, 3, 3]);
         let (_, expected) = params.export("model.0.conv.weight").expect("a parameter");
