@@ -10,6 +10,7 @@ pub mod cache;
 pub mod config;
 pub mod dataset;
 pub mod decode;
+pub mod draw;
 pub mod error;
 pub mod image;
 mod index;

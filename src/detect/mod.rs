@@ -1,4 +1,13 @@
 //! Detection: networks, losses, assigners, boxes, suppression, metrics, weights in and out.
 
+pub mod anchors;
+pub mod assigners;
+pub mod boxes;
+pub mod decode;
+pub mod embedding;
+pub mod losses;
+pub mod metrics;
 pub mod models;
+pub mod nms;
 pub mod targets;
+pub mod weights;

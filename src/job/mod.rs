@@ -1,1 +1,11 @@
-//! (room)
+//! What a job is: its specification, the service it runs in, its states, its events, its record in the journal.
+//!
+//! Nothing here touches a database, a process or an actor. Start reading at [`spec::JobSpec`] and [`state::JobState`].
+
+pub mod clock;
+pub mod event;
+pub mod ids;
+pub mod record;
+pub mod service;
+pub mod spec;
+pub mod state;

@@ -1,1 +1,15 @@
-//! (room)
+//! One training session: arguments, the loop, schedules, checkpoints, the run folder.
+
+pub mod args;
+pub mod checkpoint;
+pub mod child;
+pub mod early_stop;
+pub mod error;
+pub mod event;
+pub mod files;
+pub mod plots;
+pub mod run_folder;
+pub mod schedule;
+pub mod session;
+pub mod trained_model;
+pub mod weights_file;

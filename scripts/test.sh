@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs every test. Needs cargo and a C compiler, nothing else. Arguments go to `cargo test`:
+#   scripts/test.sh                 all tests
+#   scripts/test.sh golden          the tests against recorded reference numbers
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Training tests use every core themselves: a few tests at a time are enough to keep a machine busy,
+# and more would only make the ones with a time limit slow.
+cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+if [ "$cores" -gt 4 ]; then cores=4; fi
+export RUST_TEST_THREADS="${RUST_TEST_THREADS:-$cores}"
+
+exec cargo test --release "$@"

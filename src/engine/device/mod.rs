@@ -1,0 +1,4 @@
+//! Devices: who runs a plan. The CPU is always there.
+
+mod arena;
+pub mod cpu;

@@ -1,0 +1,5 @@
+//! Bytes or floats into the first activation: `x = byte / 255`, RGB, NHWC.
+
+pub mod cpu;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,7 @@
+//! Nearest-neighbour enlargement by a whole factor: `z[y, x] = x[y / f, x / f]`.
+//!
+//! Gradient: the sum of the `f * f` gradients of the copies, row by row.
+
+pub mod cpu;
+#[cfg(test)]
+mod tests;

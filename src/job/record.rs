@@ -1,0 +1,154 @@
+//! The journal's view of one job.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::ids::TaskId;
+use super::spec::JobSpec;
+use super::state::{FailureClass, JobState};
+
+/// One run of one task id. Running a finished task id again makes a new record with the next generation; the old one
+/// stays as it ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Order of acceptance over all jobs.
+    pub seq: i64,
+    /// Identity.
+    pub task_id: TaskId,
+    /// From 1; counts the records of this task id.
+    pub generation: u32,
+    /// The file it came from, or `command line`.
+    pub source: String,
+    /// SHA-256 of the bytes it was read from, in hexadecimal.
+    pub content_sha256: String,
+    /// What is to be done. Never changes.
+    pub spec: JobSpec,
+    /// The run folder.
+    pub run_dir: PathBuf,
+    /// Where it is.
+    pub state: JobState,
+    /// Why it is there, in a sentence: a waiting job always has one.
+    pub reason: String,
+    /// Class when it failed, or of the failure that it is being tried again after.
+    pub class: Option<FailureClass>,
+    /// Processes started for it so far.
+    pub attempts: u32,
+    /// Retries used, by class.
+    pub retries: BTreeMap<FailureClass, u32>,
+    /// How often its process went away through no fault of its own.
+    pub interruptions: u32,
+    /// Not to be started before this time; 0 for at once.
+    pub not_before_unix_ms: i64,
+    /// When it was accepted.
+    pub accepted_unix_ms: i64,
+    /// When its first process started.
+    pub started_unix_ms: Option<i64>,
+    /// When it ended.
+    pub finished_unix_ms: Option<i64>,
+    /// Its process, while it has one.
+    pub process: Option<ProcessId>,
+    /// What came out: metrics, fitness, checkpoints.
+    pub result: Option<serde_json::Value>,
+    /// The last sign of progress.
+    pub progress: Option<serde_json::Value>,
+}
+
+/// A process that cannot be mistaken for a later one with the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Process number, also of its group.
+    pub pid: u32,
+    /// Start time in clock ticks since boot, as the kernel gives it.
+    pub started_ticks: u64,
+}
+
+/// A job to be accepted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewJob {
+    /// What is to be done.
+    pub spec: JobSpec,
+    /// The file it came from, or `command line`.
+    pub source: String,
+    /// SHA-256 of the bytes it was read from, in hexadecimal.
+    pub content_sha256: String,
+    /// The run folder.
+    pub run_dir: PathBuf,
+    /// Why it waits.
+    pub reason: String,
+}
+
+/// A change of state and what goes with it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    /// The new state.
+    pub state: JobState,
+    /// Why, in a sentence.
+    pub reason: String,
+    /// Failure class, for a failure or a retry.
+    pub class: Option<FailureClass>,
+    /// Not to be started before this time.
+    pub not_before_unix_ms: i64,
+    /// What came out, when something did.
+    pub result: Option<serde_json::Value>,
+}
+
+impl Change {
+    /// A change with a reason and nothing else.
+    pub fn to(state: JobState, reason: impl Into<String>) -> Self {
+        Self { state, reason: reason.into(), class: None, not_before_unix_ms: 0, result: None }
+    }
+
+    /// The same with a failure class.
+    pub fn with_class(mut self, class: FailureClass) -> Self {
+        self.class = Some(class);
+        self
+    }
+
+    /// The same with a result.
+    pub fn with_result(mut self, result: Option<serde_json::Value>) -> Self {
+        self.result = result;
+        self
+    }
+}
+
+/// What was decided about the content of a dropped file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct IntakeEntry {
+    /// The file.
+    pub path: String,
+    /// SHA-256 of its bytes.
+    pub content_sha256: String,
+    /// Its modification time when it was read, in Unix milliseconds.
+    pub modified_unix_ms: i64,
+    /// True when it became a job.
+    pub accepted: bool,
+    /// The job, when it became one.
+    pub task_id: Option<TaskId>,
+    /// The text of the verdict: JSON of the acceptance, or the faults.
+    pub verdict: String,
+    /// When it was decided.
+    pub at_unix_ms: i64,
+}
+
+/// What a person asked for from the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommandKind {
+    /// Stop the job.
+    Stop,
+}
+
+/// A request that waits for the service.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CommandEntry {
+    /// Position in the journal.
+    pub id: i64,
+    /// The job.
+    pub task_id: TaskId,
+    /// What is asked.
+    pub kind: CommandKind,
+    /// When it was asked.
+    pub at_unix_ms: i64,
+}

@@ -1,0 +1,196 @@
+//! The blocks of a job around `train`: study, retries, logs, extras, and those that have no effect here.
+
+use super::{Loader, Priority};
+use crate::job::ids::{NAME_ALLOWED, is_safe_name};
+use crate::yaml::{MapReader, Node};
+
+/// Top-level keys that are kept with the job and never acted on.
+pub(super) const BOOKKEEPING: &[&str] = &[
+    "metadata",
+    "content",
+    "documentation",
+    "author",
+    "user_id",
+    "study_id",
+    "request_by",
+    "experiment_name",
+    "dvc_data_path",
+];
+
+/// Top-level keys without effect, and why.
+pub(super) const IGNORED: &[(&str, &str)] = &[
+    ("mlflow", "no tracking server in this build; metrics are in the run folder"),
+    ("minio", "no object store in this build; checkpoints are in the run folder"),
+    ("redis", "no Redis in this build; the journal carries the queue and the progress"),
+    ("dvc", "datasets are read from disk"),
+    ("hydra", "this is no Hydra program"),
+    ("defaults", "a job is one file"),
+    ("genetic", "parameter search is not built; one run is made with the values under `train`"),
+    ("val", "validation takes its keys from `train`"),
+    ("test", "validation takes its keys from `train`"),
+    ("debug", "there are no debug queues"),
+    ("recreate", "use `boxwright resume` or `train.resume`"),
+    ("config_path", "the service knows where the file lies"),
+    ("path_results", "the service gives every job its own run folder"),
+    ("timestamp", "the journal keeps its own times"),
+];
+
+/// Keys of `sweeper` without effect, and why.
+const SWEEPER_IGNORED: &[&str] = &[
+    "algorithm",
+    "direction",
+    "sampler",
+    "pruner",
+    "n_trials",
+    "max_concurrent",
+    "max_t",
+    "cpu_per_trial",
+    "gpu_per_trial",
+    "grace_period",
+    "tune",
+    "storage",
+    "search_space",
+    "params",
+];
+
+/// What the study says.
+pub(super) struct Sweeper {
+    pub(super) study_name: String,
+    pub(super) version: Option<i64>,
+    pub(super) priority: Priority,
+    pub(super) fitness: String,
+}
+
+impl Loader<'_> {
+    pub(super) fn sweeper(&mut self, node: Option<&Node>) -> Sweeper {
+        let mut sweeper = Sweeper {
+            study_name: "default".to_owned(),
+            version: None,
+            priority: Priority::default(),
+            fitness: "fitness".to_owned(),
+        };
+        let Some(node) = node else { return sweeper };
+        let Some(mut reader) = MapReader::new(node, "sweeper", &mut self.faults) else { return sweeper };
+        if let Some(node) = reader.set("study_name")
+            && let Some(name) = self.faults.text(node, "sweeper.study_name")
+        {
+            if is_safe_name(&name) {
+                self.understand("sweeper.study_name");
+                sweeper.study_name = name;
+            } else {
+                let allowed = format!("{NAME_ALLOWED} (it is part of the run folder's path)");
+                self.faults.refuse(node, "sweeper.study_name", &allowed);
+            }
+        }
+        if let Some(node) = reader.set("version") {
+            sweeper.version = self.faults.int(node, "sweeper.version", 0, i64::MAX);
+            self.understand("sweeper.version");
+        }
+        if let Some(node) = reader.set("priority") {
+            sweeper.priority = self.priority(node, "sweeper.priority");
+        }
+        if let Some(node) = reader.set("fitness") {
+            sweeper.fitness = self.fitness(node, "sweeper.fitness");
+        }
+        for key in SWEEPER_IGNORED {
+            if reader.set(key).is_some() {
+                let reason = "parameter search is not built; one run is made with the values under `train`";
+                self.ignore(format!("sweeper.{key}"), reason);
+            }
+        }
+        for (key, reason) in [
+            ("debug", "there are no debug queues"),
+            ("target_worker_queue", "there are no worker queues; the service that reads the file runs it"),
+        ] {
+            if reader.set(key).is_some() {
+                self.ignore(format!("sweeper.{key}"), reason);
+            }
+        }
+        reader.finish(&mut self.faults);
+        sweeper
+    }
+
+    /// `default`: retries of this job. Older keys stand beside them without effect.
+    pub(super) fn default_block(&mut self, node: Option<&Node>) -> (Option<u32>, Option<u64>) {
+        let (mut retries_max, mut retry_delay_ms) = (None, None);
+        let Some(node) = node else { return (None, None) };
+        let Some(mut reader) = MapReader::new(node, "default", &mut self.faults) else { return (None, None) };
+        if let Some(node) = reader.set("max_retries") {
+            retries_max = self.faults.int(node, "default.max_retries", 0, 100).map(|number| number as u32);
+            self.understand("default.max_retries");
+        }
+        if let Some(node) = reader.set("retry_delay") {
+            let seconds = self.faults.float(node, "default.retry_delay", 0.0, 86_400.0);
+            retry_delay_ms = seconds.map(|seconds| (seconds * 1000.0) as u64);
+            self.understand("default.retry_delay");
+        }
+        for (key, reason) in [
+            ("timeout", "a job has no time limit of its own; `train.time` is a budget in hours"),
+            ("threshold", "the score threshold is `train.conf`"),
+        ] {
+            if reader.set(key).is_some() {
+                self.ignore(format!("default.{key}"), reason);
+            }
+        }
+        let rest: Vec<String> = reader.unknown().into_iter().map(|(entry, _)| entry.key.clone()).collect();
+        for key in rest {
+            self.ignore(format!("default.{key}"), "no setting of this name acts on a job");
+        }
+        (retries_max, retry_delay_ms)
+    }
+
+    pub(super) fn logging(&mut self, node: Option<&Node>) -> (Option<String>, Option<String>) {
+        let (mut level, mut format) = (None, None);
+        let Some(node) = node else { return (None, None) };
+        let Some(mut reader) = MapReader::new(node, "logging", &mut self.faults) else { return (None, None) };
+        if let Some(node) = reader.set("level") {
+            let words = ["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"];
+            level = self.faults.choice(node, "logging.level", &words).map(str::to_owned);
+            self.understand("logging.level");
+        }
+        if let Some(node) = reader.set("format") {
+            let words = ["simple", "detailed", "json"];
+            format = self.faults.choice(node, "logging.format", &words).map(str::to_owned);
+            self.understand("logging.format");
+        }
+        reader.finish(&mut self.faults);
+        (level, format)
+    }
+
+    pub(super) fn extras(&mut self, node: Option<&Node>) {
+        let Some(node) = node else { return };
+        let Some(mut reader) = MapReader::new(node, "extras", &mut self.faults) else { return };
+        let mut force_cpu = false;
+        if let Some(node) = reader.set("force_cpu") {
+            force_cpu = self.faults.boolean(node, "extras.force_cpu").unwrap_or(false);
+            self.understand("extras.force_cpu");
+        }
+        if let Some(node) = reader.set("force_gpu") {
+            match self.faults.boolean(node, "extras.force_gpu") {
+                Some(true) if force_cpu => self.ignore("extras.force_gpu", "`extras.force_cpu` wins"),
+                Some(true) => {
+                    let message = "got true; not supported: no CUDA device support in this build";
+                    self.refuse(node.line, "extras.force_gpu", message);
+                }
+                _ => self.understand("extras.force_gpu"),
+            }
+        }
+        if let Some(gpu) = reader.set("gpu") {
+            self.gpu(gpu);
+        }
+        reader.finish(&mut self.faults);
+    }
+
+    fn gpu(&mut self, node: &Node) {
+        let Some(mut reader) = MapReader::new(node, "extras.gpu", &mut self.faults) else { return };
+        if let Some(node) = reader.set("id") {
+            self.faults.int(node, "extras.gpu.id", 0, 1023);
+            self.ignore("extras.gpu.id", "there is no GPU in this build; the job trains on the CPU");
+        }
+        if let Some(node) = reader.set("limit") {
+            self.faults.float(node, "extras.gpu.limit", 0.0, 1.0);
+            self.ignore("extras.gpu.limit", "there is no GPU memory to cap in this build");
+        }
+        reader.finish(&mut self.faults);
+    }
+}
