@@ -17,10 +17,11 @@ data=check_det_dataset(tmp+"/d/"+y)
 cfg=get_cfg(overrides=dict(imgsz=a.imgsz,task="detect",mode="train",cache=a.cache))
 ds=build_yolo_dataset(cfg,data["train"],a.batch,data,mode="train",stride=32)
 dl=build_dataloader(ds,a.batch,0,shuffle=True,rank=-1)
-r=[]
-for e in range(a.epochs):
-    t=time.perf_counter(); n=0
+r=[];c=[]
+for e in range(a.epochs+1):
+    t=time.perf_counter(); u=time.process_time(); n=0
     for b in dl: n+=b["img"].shape[0]
-    r.append(n/(time.perf_counter()-t))
-print(json.dumps({"loader":"ultralytics","imgsz":a.imgsz,"batch":a.batch,"cache":a.cache,"img_s":[round(x,1) for x in r]}))
+    if e>0: r.append(n/(time.perf_counter()-t)); c.append(n/(time.process_time()-u))
+med=lambda v: round(sorted(v)[len(v)//2],1)
+print(json.dumps({"loader":"ultralytics","imgsz":a.imgsz,"batch":a.batch,"cache":a.cache,"img_s":med(r),"img_s_per_core":med(c),"img_s_each":[round(x,1) for x in r]}))
 shutil.rmtree(tmp)
