@@ -71,6 +71,8 @@ pub struct Progress {
 pub struct Resolved {
     /// Images per batch.
     pub batch: usize,
+    /// Images per batch that the configuration asked for; 0 for an automatic choice.
+    pub asked_batch: usize,
     /// Name of the optimiser.
     pub optimizer: String,
     /// Initial learning rate.

@@ -9,6 +9,7 @@ fn sample(iteration: u64) -> Checkpoint {
             fingerprint: "abc".into(),
             resolved: Resolved {
                 batch: 4,
+                asked_batch: 4,
                 optimizer: "AdamW".into(),
                 lr0: 0.001429,
                 momentum: 0.9,

@@ -57,9 +57,9 @@ impl Run<'_, '_> {
         let mosaic_closed = close > 0 && epoch >= epochs.saturating_sub(close);
         let batch = self.progress.batch + 1;
         self.reporter.emit(SessionEvent::EpochStarted { epoch: epoch + 1, epochs, batch, batches, mosaic_closed });
-        self.loader.start_epoch(epoch, self.progress.batch, mosaic_closed).map_err(|e| self.data_error(e))?;
+        self.loader.start_epoch(epoch, self.progress.batch, mosaic_closed);
         let started = Instant::now();
-        let waited_before = self.loader.wait_seconds();
+        let mut waited = 0.0;
         while self.progress.batch < batches {
             match self.reporter.command() {
                 Command::Continue => {}
@@ -70,7 +70,8 @@ impl Run<'_, '_> {
                 break;
             }
             let began = Instant::now();
-            let Some(mut batch) = self.loader.next().map_err(|e| self.data_error(e))? else {
+            let next = self.loader.next();
+            let Some(mut batch) = next.map_err(|e| self.data_error(e))? else {
                 let message = format!("the loader ended after {} of {batches} batches", self.progress.batch);
                 return Err(TrainError::Internal { message });
             };
@@ -80,7 +81,7 @@ impl Run<'_, '_> {
                 return Ok(Some(Interruption::Diverged(error)));
             }
             let seconds = began.elapsed().as_secs_f64();
-            let waited = self.loader.wait_seconds() - waited_before;
+            waited += self.loader.wait_seconds();
             let wait_share = (waited / started.elapsed().as_secs_f64().max(1e-9)).clamp(0.0, 1.0);
             self.report_step(&batch, seconds, wait_share);
             self.loader.recycle(batch);
@@ -201,6 +202,10 @@ impl Run<'_, '_> {
         if is_best {
             self.progress.best_fitness = found;
         }
+        // A session that resumed right here has computed no batch of this epoch itself.
+        let has_momentum = self.optimizer.algorithm().has_momentum();
+        let last_batch = self.progress.batch.saturating_sub(1);
+        self.schedule.apply(epoch, last_batch, &mut self.optimizer.groups, has_momentum);
         let row = self.row();
         self.progress.rows.push(row.iter().map(|&v| format_g6(v)).collect::<Vec<_>>().join(","));
         if let Some(fitness) = found {

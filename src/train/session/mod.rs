@@ -12,6 +12,7 @@ mod pretrained;
 mod reporter;
 mod save;
 mod validate;
+mod weights;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -24,7 +25,7 @@ use super::error::TrainError;
 use super::event::{Observer, OutcomeKind, SessionEvent};
 use super::run_folder::{METRIC_NAMES, RunFolder};
 use super::schedule::Schedule;
-use crate::data::{Dataset, TrainLoader};
+use crate::data::{Dataset, Split, TrainLoader, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
@@ -176,6 +177,8 @@ struct Run<'r, 'o> {
     schedule: Schedule,
     progress: Progress,
     loader: TrainLoader,
+    val_split: Split,
+    val_loader: ValLoader,
     validation: ValidationArgs,
     spare: Spare,
     batches: usize,

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::network::{Network, Spare};
 use super::{Run, pictures};
-use crate::data::{Batch, DataError, Geometry, Split, ValLoader};
+use crate::data::{Batch, DataError, Split, ValLoader};
 use crate::detect::decode::detect;
 use crate::detect::metrics::matching::LabelledBox;
 use crate::detect::metrics::{Evaluator, Metrics};
@@ -34,6 +34,8 @@ pub struct ValidationArgs {
     pub workers: usize,
     /// Bins of a side's distance distribution.
     pub reg_max: usize,
+    /// Rectangular batches, each as small as its images allow; otherwise squares.
+    pub rect: bool,
     /// Folder for pictures of the first batches.
     pub pictures: Option<PathBuf>,
     /// File for the detections as COCO results.
@@ -76,14 +78,14 @@ impl Validation {
 pub fn validate(
     network: &mut Network,
     spare: &mut Spare,
-    split: &Split,
+    (split, loader): (&Split, &mut ValLoader),
     names: &[String],
     args: &ValidationArgs,
     should_stop: &mut dyn FnMut() -> bool,
 ) -> Result<Option<Validation>, TrainError> {
     let began = Instant::now();
     let data_error = |e: DataError| super::prepare::data_error(split.name.key(), e);
-    let mut loader = open_loader(split, args).map_err(data_error)?;
+    loader.start();
     let mut evaluator = Evaluator::new(names.len(), args.nms.conf);
     let mut coco = args.json.is_some().then(Vec::new);
     let (mut losses, mut batches, mut times) = ([0.0; 3], 0, [0.0; 3]);
@@ -152,7 +154,7 @@ fn add_coco(rows: &mut Vec<serde_json::Value>, split: &Split, batch: &Batch, fou
         let name = path.file_name().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         let id = stem.parse::<u64>().map_or_else(|_| json!(stem), |number| json!(number));
         for d in detections {
-            let [x1, y1, x2, y2] = to_original(d.xyxy, geometry);
+            let [x1, y1, x2, y2] = geometry.to_original(d.xyxy);
             let round = |v: f32, by: f64| (f64::from(v) * by).round() / by;
             let bbox = [x1, y1, x2 - x1, y2 - y1].map(|v| round(v, 1e3));
             let score = round(d.score, 1e5);
@@ -164,13 +166,6 @@ fn add_coco(rows: &mut Vec<serde_json::Value>, split: &Split, batch: &Batch, fou
     }
 }
 
-/// A box of the network's input in pixels of the original image.
-pub(super) fn to_original(xyxy: [f32; 4], g: &Geometry) -> [f32; 4] {
-    let x = |v: f32| ((v - g.pad_x) / g.ratio_x).clamp(0.0, g.orig_w as f32);
-    let y = |v: f32| ((v - g.pad_y) / g.ratio_y).clamp(0.0, g.orig_h as f32);
-    [x(xyxy[0]), y(xyxy[1]), x(xyxy[2]), y(xyxy[3])]
-}
-
 impl Run<'_, '_> {
     /// Validates the parameters that are in the network now; `is_final` draws pictures and writes files.
     pub(super) fn validate_network(&mut self, is_final: bool) -> Result<Option<Validation>, TrainError> {
@@ -179,9 +174,8 @@ impl Run<'_, '_> {
             args.pictures = self.args.plots.then(|| self.reporter.folder.path().to_owned());
             args.json = self.args.save_json.then(|| self.reporter.folder.file("predictions.json"));
         }
-        let split = super::prepare::validation_split(&self.dataset, &self.args)?.clone();
-        let Run { network, spare, dataset, reporter, .. } = self;
+        let Run { network, spare, dataset, reporter, val_split, val_loader, .. } = self;
         let mut should_stop = || reporter.command() == Command::Stop;
-        validate(network, spare, &split, &dataset.names, &args, &mut should_stop)
+        validate(network, spare, (val_split, val_loader), &dataset.names, &args, &mut should_stop)
     }
 }
