@@ -163,8 +163,7 @@ fn a_stopped_and_resumed_run_ends_in_the_same_bits() {
 fn a_killed_run_ends_in_the_same_bits() {
     for (checkpoint, kill) in [(None, 2), (Some(4), 6), (None, 7)] {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut watch =
-            Watch { panic_after: Some(kill), checkpoint_after: checkpoint, ..Watch::default() };
+        let mut watch = Watch { panic_after: Some(kill), checkpoint_after: checkpoint, ..Watch::default() };
         let args = tiny_args();
         let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             run(&args, folder.path(), 2, &mut watch);
@@ -186,7 +185,11 @@ fn a_damaged_checkpoint_is_named_and_the_older_one_used() {
     std::fs::write(&newest, bytes).expect("written");
     let mut watch = Watch::default();
     run(&tiny_args(), folder.path(), 2, &mut watch);
-    assert!(watch.warnings().iter().any(|w| w.contains("step-000000005.ckpt is damaged")), "{:?}", watch.warnings());
+    assert!(
+        watch.warnings().iter().any(|w| w.contains("step-000000005.ckpt is damaged")),
+        "{:?}",
+        watch.warnings()
+    );
     assert_same_end("damaged", undisturbed(), folder.path());
 }
 
@@ -300,7 +303,8 @@ fn a_loss_that_explodes_fails_as_diverged_and_names_the_images() {
 fn early_stop_and_time_budget_end_a_run() {
     let folder = tempfile::tempdir().expect("a folder");
     // Nothing is learnt, so the fitness stays where it is.
-    let args = TrainArgs { epochs: 50, patience: 2, lr0: 0.0, optimizer: OptimizerChoice::Sgd, ..tiny_args() };
+    let args =
+        TrainArgs { epochs: 50, patience: 2, lr0: 0.0, optimizer: OptimizerChoice::Sgd, ..tiny_args() };
     let args = TrainArgs { warmup_bias_lr: 0.0, conf: Some(0.9), ..args };
     let mut watch = Watch { stop_after: Some(60), ..Watch::default() };
     let outcome = run(&args, folder.path(), 2, &mut watch);

@@ -10,6 +10,7 @@ use std::time::Instant;
 use image::RgbImage;
 use serde::Serialize;
 
+use super::CliError;
 use crate::data::draw::{BoxStyle, DrawBox, draw_boxes};
 use crate::data::{DataError, Image, decode, list};
 use crate::detect::nms::{Detection, NmsArgs};
@@ -26,7 +27,7 @@ const JPEG_QUALITY: u8 = 92;
 /// Images decoded ahead of the network.
 const DECODED_MAX: usize = 2;
 
-/// Arguments of `boxwright predict`.
+/// Finds objects in images: JSON and drawn images
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Trained weights (.safetensors)
@@ -126,18 +127,26 @@ pub enum PredictError {
     },
 }
 
-impl PredictError {
-    /// 2 where the arguments are at fault, 1 otherwise.
-    pub fn exit_code(&self) -> ExitCode {
-        let usage = match self {
+impl From<PredictError> for CliError {
+    fn from(error: PredictError) -> CliError {
+        let usage = match &error {
             PredictError::NoSource { .. } | PredictError::NoImage { .. } | PredictError::NoClass { .. } => {
                 true
             }
             PredictError::Train(error) => error.class() == FailureClass::Config,
             _ => false,
         };
-        ExitCode::from(if usage { 2 } else { 1 })
+        let what = "prediction cannot be done";
+        if usage { CliError::usage_from(what, error) } else { CliError::failed_from(what, error) }
     }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// See [`PredictError`].
+pub fn run(args: Args) -> Result<ExitCode, CliError> {
+    Ok(execute(&args, &mut std::io::stdout().lock())?)
 }
 
 /// One object as it is written.
@@ -490,7 +499,7 @@ mod tests {
         ] {
             let error = execute(&parsed(&line).expect("valid"), &mut Vec::new()).expect_err("refused");
             assert!(error.to_string().contains(reason), "{error}");
-            assert_eq!(error.exit_code(), ExitCode::from(2));
+            assert_eq!(CliError::from(error).exit_code(), 2);
         }
         for bad in [["--conf", "1.5"], ["--iou", "nan"], ["--max-det", "0"], ["--imgsz", "9000"]] {
             assert!(parsed(&[weights.as_str(), "x", bad[0], bad[1]]).is_err(), "{bad:?}");

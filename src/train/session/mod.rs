@@ -30,6 +30,7 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use auto_batch::available_bytes;
+pub use initial::initialise;
 pub use network::{Network, RawOutput, Spare};
 pub use pretrained::{LoadedModel, load_model};
 pub use validate::{Validation, ValidationArgs, validate};

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::initial::{Branch, head_branch};
 use super::reporter::Reporter;
-use crate::detect::models::Detector;
 use super::weights::{self, Weights};
+use crate::detect::models::Detector;
 use crate::engine::params::{ParamKind, ParamSet};
 use crate::train::args::{Source, TrainArgs, model_stem};
 use crate::train::error::TrainError;
