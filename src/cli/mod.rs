@@ -3,6 +3,7 @@
 mod bench;
 mod bench_loader;
 mod plan;
+mod predict;
 
 use std::process::ExitCode;
 
@@ -97,6 +98,8 @@ struct Cli {
 enum Command {
     /// Layers, products and exact bytes of a model, before anything is allocated.
     Plan(plan::Args),
+    /// Finds objects in images: JSON and drawn images.
+    Predict(predict::Args),
     /// Measures speed on this machine.
     Bench(bench::Args),
 }
@@ -104,6 +107,7 @@ enum Command {
 fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Plan(args) => plan::run(args),
+        Command::Predict(args) => predict::run(args),
         Command::Bench(args) => bench::run(args),
     }
 }

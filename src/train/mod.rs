@@ -9,6 +9,7 @@ pub mod error;
 pub mod event;
 pub mod files;
 pub mod plots;
+pub mod predictor;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;
