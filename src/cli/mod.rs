@@ -2,8 +2,14 @@
 
 mod bench;
 mod bench_loader;
+mod console;
+mod dataset;
 mod plan;
 mod predict;
+mod signals;
+mod train;
+mod train_child;
+mod val;
 
 use std::process::ExitCode;
 
@@ -96,18 +102,33 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Trains one job in the foreground.
+    Train(train::Args),
+    /// Trains one job for the service, speaking its protocol on standard input and output.
+    #[command(hide = true)]
+    TrainChild(train_child::Args),
+    /// Measures a trained model on a dataset.
+    Val(val::Args),
+    /// Finds objects in images with a trained model.
+    Predict(predict::Args),
+    /// Checks, describes, draws and makes datasets.
+    Dataset(dataset::Args),
     /// Layers, products and exact bytes of a model, before anything is allocated.
     Plan(plan::Args),
-    /// Finds objects in images: JSON and drawn images.
-    Predict(predict::Args),
     /// Measures speed on this machine.
     Bench(bench::Args),
 }
 
 fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
-        Command::Plan(args) => plan::run(args),
+        Command::Train(args) => train::run(args),
+        Command::TrainChild(args) => train_child::run(args),
+        Command::Val(args) => val::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Dataset(args) => {
+            dataset::run(args).map_err(|e| CliError::failed_from("the dataset command failed", e))
+        }
+        Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
     }
 }

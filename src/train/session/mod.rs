@@ -30,7 +30,6 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use auto_batch::available_bytes;
-pub use initial::initialise;
 pub use network::{Network, RawOutput, Spare};
 pub use initial::{Branch, freeze, head_branch, initialise};
 pub use pretrained::{LoadedModel, Weights, load_model};
