@@ -11,7 +11,8 @@ use crate::data::draw::{DrawBox, DrawImage, MosaicArgs, mosaic};
 use crate::data::probe::Verify;
 use crate::data::synth::{Format, SynthArgs, provide_shapes, write_dataset};
 use crate::data::{
-    DataError, Dataset, DatasetOptions, DatasetReport, LoaderArgs, Split, SplitName, TrainLoader, decode, stats,
+    DataError, Dataset, DatasetOptions, DatasetReport, LoaderArgs, Split, SplitName, TrainLoader, decode,
+    stats,
 };
 use crate::engine::rng::{Rng, Use};
 
@@ -153,7 +154,8 @@ fn print_findings(report: &DatasetReport, all: bool) {
     for finding in report.findings().take(limit) {
         println!("{finding}");
     }
-    let hidden = found.saturating_sub(limit) + report.splits.iter().map(|s| s.findings_uncounted).sum::<usize>();
+    let hidden =
+        found.saturating_sub(limit) + report.splits.iter().map(|s| s.findings_uncounted).sum::<usize>();
     if hidden > 0 {
         println!("... and {hidden} more (--all shows them)");
     }
@@ -197,14 +199,18 @@ fn synth(args: &SynthCommand) -> Result<ExitCode, DataError> {
 
 fn preview(args: &PreviewArgs) -> Result<ExitCode, DataError> {
     let name = SplitName::from_key(&args.split).unwrap_or(SplitName::Train);
-    let dataset = Dataset::open(&args.data, &DatasetOptions { splits: vec![name], ..DatasetOptions::default() })?;
+    let dataset =
+        Dataset::open(&args.data, &DatasetOptions { splits: vec![name], ..DatasetOptions::default() })?;
     let split = dataset.split(name)?;
     let images = match args.augmented {
         Some(imgsz) => augmented_images(split, imgsz, args)?,
         None => plain_images(split, args)?,
     };
-    let picture = mosaic(&images, &dataset.names, MosaicArgs { columns: args.columns, ..MosaicArgs::default() });
-    picture.save(&args.out).map_err(|e| DataError::Write { path: args.out.clone(), source: std::io::Error::other(e) })?;
+    let picture =
+        mosaic(&images, &dataset.names, MosaicArgs { columns: args.columns, ..MosaicArgs::default() });
+    picture
+        .save(&args.out)
+        .map_err(|e| DataError::Write { path: args.out.clone(), source: std::io::Error::other(e) })?;
     println!("{}: {} images of split `{}`", args.out.display(), images.len(), name.key());
     Ok(ExitCode::SUCCESS)
 }
@@ -249,7 +255,8 @@ fn draw_image(
     boxes: impl Iterator<Item = PixelBox>,
     path: &Path,
 ) -> DrawImage {
-    let image = image::RgbImage::from_raw(width as u32, height as u32, pixels).expect("three bytes per pixel");
+    let image =
+        image::RgbImage::from_raw(width as u32, height as u32, pixels).expect("three bytes per pixel");
     let boxes = boxes.map(|b| DrawBox { xyxy: b.xyxy, class: b.class as usize, score: None }).collect();
     let title = path.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
     DrawImage { image, boxes, title }
