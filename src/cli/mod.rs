@@ -126,7 +126,7 @@ fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Val(args) => val::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Dataset(args) => {
-            dataset::run(args).map_err(|e| CliError::failed_from("the dataset command failed", e))
+            dataset::run(args).map_err(CliError::from)
         }
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
