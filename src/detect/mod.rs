@@ -6,6 +6,8 @@ pub mod boxes;
 pub mod decode;
 pub mod embedding;
 pub mod losses;
+pub mod metrics;
 pub mod models;
 pub mod nms;
 pub mod targets;
+pub mod weights;

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use super::early_stop::EarlyStop;
 use super::error::TrainError;
 use super::files;
-use crate::engine::optim::OptimizerState;
+use crate::engine::optim::{OptimizerState, OptimizerStateRef};
 
 /// Magic of the trailer; the digit is the version of the format.
 const TRAILER_MAGIC: &[u8; 8] = b"BXWRCK01";
@@ -71,6 +71,8 @@ pub struct Progress {
 pub struct Resolved {
     /// Images per batch.
     pub batch: usize,
+    /// Images per batch that the configuration asked for; 0 for an automatic choice.
+    pub asked_batch: usize,
     /// Name of the optimiser.
     pub optimizer: String,
     /// Initial learning rate.
@@ -115,7 +117,7 @@ pub struct CheckpointRef<'a> {
     /// Gradients summed so far; absent between two steps.
     pub grads: Option<&'a [f32]>,
     /// State of the optimiser.
-    pub optimizer: &'a OptimizerState,
+    pub optimizer: OptimizerStateRef<'a>,
 }
 
 /// A checkpoint cannot be used.
@@ -184,7 +186,7 @@ pub fn save(path: &Path, checkpoint: &CheckpointRef) -> Result<Saved, TrainError
     let scalars = OptimizerScalars {
         steps: checkpoint.optimizer.steps,
         mu_product_bits: checkpoint.optimizer.mu_product.to_bits(),
-        vectors: checkpoint.optimizer.vectors.iter().map(|(n, _)| n.clone()).collect(),
+        vectors: checkpoint.optimizer.vectors.iter().map(|&(n, _)| n.to_owned()).collect(),
     };
     let mut metadata = serde_json::Map::new();
     metadata.insert("format".into(), "boxwright-checkpoint".into());
@@ -198,7 +200,7 @@ pub fn save(path: &Path, checkpoint: &CheckpointRef) -> Result<Saved, TrainError
     ];
     arrays.extend(checkpoint.grads.map(|g| ("grads".to_owned(), g)));
     let vectors = &checkpoint.optimizer.vectors;
-    arrays.extend(vectors.iter().map(|(n, v)| (format!("{OPTIMIZER_PREFIX}{n}"), v.as_slice())));
+    arrays.extend(vectors.iter().map(|&(n, v)| (format!("{OPTIMIZER_PREFIX}{n}"), v)));
 
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".into(), metadata.into());

@@ -9,6 +9,7 @@ fn sample(iteration: u64) -> Checkpoint {
             fingerprint: "abc".into(),
             resolved: Resolved {
                 batch: 4,
+                asked_batch: 4,
                 optimizer: "AdamW".into(),
                 lr0: 0.001429,
                 momentum: 0.9,
@@ -51,7 +52,7 @@ fn borrow(c: &Checkpoint) -> CheckpointRef<'_> {
         ema_values: &c.ema_values,
         ema_buffers: &c.ema_buffers,
         grads: c.grads.as_deref(),
-        optimizer: &c.optimizer,
+        optimizer: c.optimizer.by_ref(),
     }
 }
 

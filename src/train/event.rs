@@ -108,6 +108,10 @@ pub enum SessionEvent {
         metrics: Map<String, Value>,
         /// Seconds it took.
         seconds: f64,
+        /// Milliseconds per image: loading, network, decoding and suppression with matching.
+        speed_ms: [f64; 3],
+        /// Figures of each class that has labels; empty unless asked for.
+        classes: Vec<ClassFigures>,
     },
     /// An epoch is over; `columns` is its row of `results.csv`.
     Epoch {
@@ -166,6 +170,25 @@ pub enum SessionEvent {
         /// What was seen, with all causes.
         message: String,
     },
+}
+
+/// Validation figures of one class.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClassFigures {
+    /// Name of the class.
+    pub name: String,
+    /// Images with the class.
+    pub images: usize,
+    /// Labelled boxes.
+    pub boxes: usize,
+    /// Precision at the common best confidence.
+    pub precision: f64,
+    /// Recall at the common best confidence.
+    pub recall: f64,
+    /// Average precision at IoU 0.5.
+    pub map50: f64,
+    /// Mean average precision over IoU 0.50 to 0.95.
+    pub map50_95: f64,
 }
 
 /// How a session that did not fail ended.

@@ -3,6 +3,7 @@
 //! The arena is allocated once, for the largest of the plans it will run; stepping allocates nothing.
 //! Results have the same bits for any number of threads.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::arena::Arena;
@@ -53,7 +54,7 @@ pub struct Executor {
     arena: Arena,
     input: Vec<u8>,
     input_floats: Vec<f32>,
-    pool: rayon::ThreadPool,
+    pool: Arc<rayon::ThreadPool>,
     profile: Profile,
 }
 
@@ -72,7 +73,7 @@ impl Executor {
             arena: Arena::new(0)?,
             input: Vec::new(),
             input_floats: Vec::new(),
-            pool,
+            pool: Arc::new(pool),
             profile: Profile::new(),
         };
         for plan in plans {
@@ -105,7 +106,12 @@ impl Executor {
         self.pool.current_num_threads()
     }
 
-    /// Runs `work` on the compute threads: for losses and optimisers.
+    /// The compute threads: losses and optimisers run on them too.
+    pub fn pool(&self) -> Arc<rayon::ThreadPool> {
+        Arc::clone(&self.pool)
+    }
+
+    /// Runs `work` on the compute threads.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
     }

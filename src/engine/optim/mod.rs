@@ -174,6 +174,25 @@ pub struct OptimizerState {
     pub vectors: Vec<(String, Vec<f32>)>,
 }
 
+/// The same by reference, so that saving copies nothing.
+#[derive(Clone, Debug)]
+pub struct OptimizerStateRef<'a> {
+    /// Steps taken.
+    pub steps: u64,
+    /// Product of the momentum schedule of NAdam; 1 for the others.
+    pub mu_product: f64,
+    /// Named vectors, each as long as the parameter buffer.
+    pub vectors: Vec<(&'a str, &'a [f32])>,
+}
+
+impl OptimizerState {
+    /// The state by reference.
+    pub fn by_ref(&self) -> OptimizerStateRef<'_> {
+        let vectors = self.vectors.iter().map(|(n, v)| (n.as_str(), v.as_slice())).collect();
+        OptimizerStateRef { steps: self.steps, mu_product: self.mu_product, vectors }
+    }
+}
+
 /// A saved state does not fit the optimiser.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum StateError {
@@ -270,11 +289,18 @@ impl Optimizer {
         }
     }
 
+    /// What the optimiser remembers.
+    pub fn state(&self) -> OptimizerStateRef<'_> {
+        let names = self.algorithm.state_names();
+        let vectors = names.iter().zip(&self.state).map(|(&n, v)| (n, v.as_slice())).collect();
+        OptimizerStateRef { steps: self.steps, mu_product: self.mu_product, vectors }
+    }
+
     /// A copy of what the optimiser remembers.
     pub fn export(&self) -> OptimizerState {
-        let names = self.algorithm.state_names();
-        let vectors = names.iter().zip(&self.state).map(|(n, v)| (n.to_string(), v.clone())).collect();
-        OptimizerState { steps: self.steps, mu_product: self.mu_product, vectors }
+        let OptimizerStateRef { steps, mu_product, vectors } = self.state();
+        let vectors = vectors.into_iter().map(|(n, v)| (n.to_owned(), v.to_vec())).collect();
+        OptimizerState { steps, mu_product, vectors }
     }
 
     /// Takes up a saved state.

@@ -163,7 +163,7 @@ impl Buffers {
         }
         if train && self.needs_grad[c.out.0] {
             if c.norm.is_some() {
-                let pad = p.gradient_pad();
+                let pad = p.gradient_border();
                 b.dy = Some(self.request(View::storage_len(n, h, w, c_out, pad), again, again));
                 let len = 2 * batch_norm_act::cpu::partials_len(n, h, w, c_out);
                 b.partials_backward = Some(self.request(len, again, again));

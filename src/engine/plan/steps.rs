@@ -257,7 +257,7 @@ fn emit_conv_backward(
         let accumulate = written.claim(b, x, steps);
         (b.grad_view(x).expect("the input needs a gradient"), accumulate)
     });
-    let pad = c.params.gradient_pad();
+    let pad = c.params.gradient_border();
     steps.push(Step::ConvBackward(ConvBackwardStep {
         node: i,
         x: b.view(c.x),

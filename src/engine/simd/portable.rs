@@ -49,6 +49,10 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_partial(self, p: *const f32, n: usize) -> Self::F32 {
+        if n >= 8 {
+            // SAFETY: the caller guarantees eight readable floats.
+            return unsafe { self.load(p) };
+        }
         let mut x = [0.0; 8];
         // SAFETY: the caller guarantees n readable floats; at most eight are copied.
         unsafe { std::ptr::copy_nonoverlapping(p, x.as_mut_ptr(), n.min(8)) };
@@ -56,6 +60,10 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn store_partial(self, p: *mut f32, x: Self::F32, n: usize) {
+        if n >= 8 {
+            // SAFETY: the caller guarantees eight writable floats.
+            return unsafe { self.store(p, x) };
+        }
         // SAFETY: the caller guarantees n writable floats; at most eight are copied.
         unsafe { std::ptr::copy_nonoverlapping(x.as_ptr(), p, n.min(8)) };
     }

@@ -1,12 +1,14 @@
 //! The network in training: parameters, plans for every input shape met, the loss.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use crate::data::Batch;
-use crate::detect::losses::detection::{DetectionLoss, HeadLevel, HeadLevelGrad, LossConfig, LossItems};
+use crate::detect::decode::HeadLevel;
+use crate::detect::losses::detection::{DetectionLoss, HeadLevelGrad, LossConfig, LossItems};
 use crate::detect::models::{Detector, ModelError};
 use crate::detect::targets::Target;
-use crate::engine::device::cpu::Executor;
+use crate::engine::device::cpu::{Executor, Profile};
 use crate::engine::error::EngineError;
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan};
@@ -35,6 +37,7 @@ pub struct Network {
     loss: DetectionLoss,
     loss_capacity: (usize, usize),
     plans: HashMap<Shape, Shaped>,
+    loss_time: Duration,
 }
 
 /// Raw outputs of a batch, one entry per level.
@@ -58,7 +61,17 @@ impl Network {
         let loss_config = LossConfig { reg_max: detector.reg_max, ..loss };
         let (name, loss) = (detector.name, DetectionLoss::new(loss_config.clone(), 0, 0, 0));
         let plans = HashMap::new();
-        Ok(Network { params, executor, name, nc, loss_config, loss, loss_capacity: (0, 0), plans })
+        Ok(Network {
+            params,
+            executor,
+            name,
+            nc,
+            loss_config,
+            loss,
+            loss_capacity: (0, 0),
+            plans,
+            loss_time: Duration::ZERO,
+        })
     }
 
     /// Threads that compute.
@@ -66,14 +79,25 @@ impl Network {
         self.executor.threads()
     }
 
+    /// Bins of a side's distance distribution.
+    pub fn reg_max(&self) -> usize {
+        self.loss_config.reg_max
+    }
+
     /// Name of the model table.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `work` on the compute threads.
-    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.executor.install(work)
+    /// Where the engine's time went, and seconds of the loss when training, since the last call.
+    pub fn take_profile(&mut self) -> (Profile, f64) {
+        (self.executor.take_profile(), std::mem::take(&mut self.loss_time).as_secs_f64())
+    }
+
+    /// Runs `work` on the parameters, on the compute threads.
+    pub fn with_params<R: Send>(&mut self, work: impl FnOnce(&mut ParamSet) -> R + Send) -> R {
+        let Network { executor, params, .. } = self;
+        executor.install(|| work(params))
     }
 
     /// Makes sure that a batch of this shape can run, growing memory and workspaces if needed.
@@ -117,6 +141,7 @@ impl Network {
         let (graph, plan) = (&shaped.detector.graph, &shaped.plan);
         self.executor.input_mut(plan).copy_from_slice(&batch.images[..n * h * w * 3]);
         self.executor.forward(graph, plan, &mut self.params);
+        let pool = self.executor.pool();
         let mut levels = Vec::with_capacity(4);
         let mut grads = Vec::with_capacity(4);
         let mut outputs = self.executor.outputs_and_grads(plan).into_iter();
@@ -129,7 +154,10 @@ impl Network {
             levels.push(HeadLevel { stride, h, w, boxes, scores });
             grads.push(HeadLevelGrad { boxes: boxes_grad, scores: scores_grad });
         }
-        let items = self.loss.compute(&levels, &mut grads, &batch.targets, n, 1.0);
+        let start = Instant::now();
+        let loss = &mut self.loss;
+        let items = pool.install(|| loss.compute(&levels, &mut grads, &batch.targets, n, 1.0));
+        self.loss_time += start.elapsed();
         if items.total.is_finite() {
             self.executor.backward(graph, plan, &mut self.params);
         }
@@ -161,6 +189,7 @@ impl Network {
         let (graph, plan) = (&shaped.detector.graph, &shaped.plan);
         self.executor.input_mut(plan).copy_from_slice(&images[..n * h * w * 3]);
         self.executor.forward(graph, plan, &mut self.params);
+        let pool = self.executor.pool();
         let mut levels = Vec::with_capacity(4);
         for (level, &stride) in shaped.detector.strides.iter().enumerate() {
             let [_, h, w, _] = plan.output_shape(2 * level);
@@ -171,7 +200,8 @@ impl Network {
         let mut losses = LossItems::default();
         if let Some(targets) = targets {
             let mut grads = spare.grads(&levels);
-            losses = self.loss.compute(&levels, &mut grads, targets, n, 1.0);
+            let loss = &mut self.loss;
+            losses = pool.install(|| loss.compute(&levels, &mut grads, targets, n, 1.0));
         }
         Ok(RawOutput { levels, losses })
     }
