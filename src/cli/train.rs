@@ -114,7 +114,11 @@ fn overrides(items: &[String]) -> Result<(Option<&String>, Node), CliError> {
         let node = yaml::parse(format!("v: {value}").as_bytes(), item)
             .map_err(|e| CliError::usage_from(format!("{item:?} is no key=value"), e))?;
         let value = node.get("v").cloned().unwrap_or_else(|| Node::from_json(&json!(null)));
-        let path = if TOP_KEYS.contains(&key) || key.contains('.') { key.to_owned() } else { format!("train.{key}") };
+        let path = if TOP_KEYS.contains(&key) || key.contains('.') {
+            key.to_owned()
+        } else {
+            format!("train.{key}")
+        };
         tree.set_path(&path, value);
     }
     Ok((file, tree))
@@ -134,7 +138,8 @@ fn fresh_args(args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
     let has_overrides = top.as_mapping().is_some_and(|entries| !entries.is_empty());
     let (text, source) = match file {
         Some(file) => {
-            let text = std::fs::read(file).map_err(|e| CliError::usage_from(format!("cannot read {file}"), e))?;
+            let text =
+                std::fs::read(file).map_err(|e| CliError::usage_from(format!("cannot read {file}"), e))?;
             if has_overrides {
                 let base = yaml::parse(&text, file).map_err(|e| CliError::usage(e.to_string()))?;
                 context.base = Some(base);
@@ -179,7 +184,9 @@ fn resumed_args(folder: &Path, items: &[String]) -> Result<(TrainArgs, PathBuf, 
     let folder = run_folder_of(folder)?;
     let (file, top) = overrides(items)?;
     if let Some(file) = file {
-        return Err(CliError::usage(format!("{file:?}: a run that is resumed has its arguments in its folder")));
+        return Err(CliError::usage(format!(
+            "{file:?}: a run that is resumed has its arguments in its folder"
+        )));
     }
     let path = folder.join("args.yaml");
     let source = path.to_string_lossy().into_owned();
