@@ -33,7 +33,11 @@ fn boxes(golden: &Golden, name: &str) -> Vec<[f32; 4]> {
 
 fn pixel_boxes(golden: &Golden, boxes_name: &str, classes_name: &str) -> Vec<PixelBox> {
     let classes = golden.f32(classes_name);
-    boxes(golden, boxes_name).into_iter().zip(classes).map(|(xyxy, c)| PixelBox { class: c as u32, xyxy }).collect()
+    boxes(golden, boxes_name)
+        .into_iter()
+        .zip(classes)
+        .map(|(xyxy, c)| PixelBox { class: c as u32, xyxy })
+        .collect()
 }
 
 fn flat(boxes: &[PixelBox]) -> Vec<f32> {
@@ -66,7 +70,8 @@ fn golden_letterbox_shapes_and_boxes() {
     let golden = Golden::open("geometry");
     for (i, case) in cases(&golden, "letterbox").iter().enumerate() {
         let made = letterbox_of(case);
-        let ratio: Vec<f64> = case["ratio_wh"].as_array().expect("pair").iter().filter_map(Value::as_f64).collect();
+        let ratio: Vec<f64> =
+            case["ratio_wh"].as_array().expect("pair").iter().filter_map(Value::as_f64).collect();
         assert_close_f64("ratio", &[made.ratio.0, made.ratio.1], &ratio, GEOMETRY_MATRIX);
         assert_eq!(vec![made.scaled_hw.1, made.scaled_hw.0], usizes(&case["new_unpad_wh"]), "case {i}");
         let side = |key: &str| case[key].as_u64().expect("a whole number") as usize;
@@ -146,7 +151,8 @@ fn golden_perspective() {
         let moved: Vec<PixelBox> = labels.iter().map(|b| transform_box(&matrix, b, out_hw)).collect();
         let all = at("boxes_all_clipped");
         assert_close(&all, &flat(&moved), &golden.f32(&all), GEOMETRY_BOXES_PX);
-        let keep: Vec<u8> = labels.iter().zip(&moved).map(|(a, b)| u8::from(keeps(a, b, draws.scale))).collect();
+        let keep: Vec<u8> =
+            labels.iter().zip(&moved).map(|(a, b)| u8::from(keeps(a, b, draws.scale))).collect();
         assert_exact(&at("keep"), &keep, &golden.u8(&at("keep")));
         transform_boxes(&matrix, draws.scale, out_hw, &mut labels);
         assert_close(&at("boxes_out"), &flat(&labels), &golden.f32(&at("boxes_out")), GEOMETRY_BOXES_PX);
@@ -193,7 +199,8 @@ fn golden_hsv() {
     };
     let input = swapped(golden.u8("hsv/img_bgr"));
     for (i, case) in cases(&golden, "hsv").iter().enumerate() {
-        let gains: Vec<f64> = case["gains"].as_array().expect("gains").iter().filter_map(Value::as_f64).collect();
+        let gains: Vec<f64> =
+            case["gains"].as_array().expect("gains").iter().filter_map(Value::as_f64).collect();
         let mut pixels = input.clone();
         hsv::jitter(&mut pixels, [gains[0], gains[1], gains[2]]);
         assert_levels(&format!("hsv/{i}"), &pixels, &swapped(golden.u8(&format!("hsv/{i}/out"))));

@@ -85,7 +85,8 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped or cancelled.";
+const EXIT_CODES: &str =
+    "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped or cancelled.";
 
 #[derive(Parser)]
 #[command(name = "boxwright", version, about = "Trains object detectors: drop a YAML, get a detector", after_help = EXIT_CODES)]

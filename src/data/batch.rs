@@ -87,7 +87,8 @@ pub fn resize_batch(batch: &mut Batch, h: usize, w: usize) {
     }
     let (sx, sy) = (w as f32 / batch.w as f32, h as f32 / batch.h as f32);
     for g in &mut batch.geometry {
-        (g.ratio_x, g.ratio_y, g.pad_x, g.pad_y) = (g.ratio_x * sx, g.ratio_y * sy, g.pad_x * sx, g.pad_y * sy);
+        (g.ratio_x, g.ratio_y, g.pad_x, g.pad_y) =
+            (g.ratio_x * sx, g.ratio_y * sy, g.pad_x * sx, g.pad_y * sy);
     }
     (batch.images, batch.h, batch.w) = (out, h, w);
 }

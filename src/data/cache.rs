@@ -249,7 +249,8 @@ fn write_cached(file: &Path, image: &Image) -> std::io::Result<()> {
     bytes.extend_from_slice(&Sha256::digest(&image.pixels));
     bytes.extend_from_slice(&image.pixels);
     // Two threads may decode one image at once: each writes its own temporary file.
-    let temporary = file.with_extension(format!("{}-{:?}.part", std::process::id(), std::thread::current().id()));
+    let temporary =
+        file.with_extension(format!("{}-{:?}.part", std::process::id(), std::thread::current().id()));
     std::fs::write(&temporary, bytes)?;
     std::fs::rename(&temporary, file)
 }

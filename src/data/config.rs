@@ -166,7 +166,8 @@ fn read_places(tree: &Node, key: &str, faults: &mut Faults) -> Vec<Place> {
 
 fn read_names(tree: &Node, faults: &mut Faults) -> Vec<String> {
     let count = tree.get("nc").filter(|node| !node.is_null());
-    let count = count.and_then(|node| faults.int(node, "nc", 1, CLASSES_MAX as i64).map(|n| (n as usize, node.line)));
+    let count =
+        count.and_then(|node| faults.int(node, "nc", 1, CLASSES_MAX as i64).map(|n| (n as usize, node.line)));
     let Some(node) = tree.get("names").filter(|node| !node.is_null()) else {
         return match count {
             Some((count, _)) => (0..count).map(|i| format!("class_{i}")).collect(),
@@ -191,8 +192,10 @@ fn read_names(tree: &Node, faults: &mut Faults) -> Vec<String> {
                 }
             }
             sorted.sort_by_key(|(id, _)| *id);
-            if let Some((place, (id, entry))) = sorted.iter().enumerate().find(|(place, (id, _))| place != id) {
-                let message = format!("class numbers must be 0 to n - 1 without a gap; {place} is missing before {id}");
+            if let Some((place, (id, entry))) = sorted.iter().enumerate().find(|(place, (id, _))| place != id)
+            {
+                let message =
+                    format!("class numbers must be 0 to n - 1 without a gap; {place} is missing before {id}");
                 faults.add(entry.line, "names", message);
             }
             named(sorted.iter().map(|(id, entry)| (format!("names.{id}"), &entry.value)), faults)
@@ -321,7 +324,8 @@ impl Finder<'_> {
         if let Some(found) = tried.iter().find(|path| path.exists()) {
             return Ok(plain(found.clone()));
         }
-        let mut shown: Vec<String> = tried.into_iter().map(|path| plain(path).display().to_string()).collect();
+        let mut shown: Vec<String> =
+            tried.into_iter().map(|path| plain(path).display().to_string()).collect();
         shown.dedup();
         let mut tried = shown.join(", ");
         if self.can_download {

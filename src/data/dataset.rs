@@ -192,7 +192,9 @@ impl Dataset {
             let (split, split_report) = open_split(&config, &names, name, options)?;
             splits.push(split);
             if split_report.boxes == 0 {
-                report.notes.push(format!("split `{}` has no boxes: nothing can be measured on it", name.key()));
+                report
+                    .notes
+                    .push(format!("split `{}` has no boxes: nothing can be measured on it", name.key()));
             }
             report.splits.push(split_report);
         }
@@ -236,7 +238,12 @@ fn open_split(
         SplitName::Minival => &config.minival,
     };
     if places.is_empty() {
-        let all = [("train", &config.train), ("val", &config.val), ("test", &config.test), ("minival", &config.minival)];
+        let all = [
+            ("train", &config.train),
+            ("val", &config.val),
+            ("test", &config.test),
+            ("minival", &config.minival),
+        ];
         let defined: Vec<&str> = all.iter().filter(|(_, p)| !p.is_empty()).map(|(key, _)| *key).collect();
         let split = name.key().to_owned();
         return Err(DataError::NoSplit { file: config.file.clone(), split, defined: defined.join(", ") });

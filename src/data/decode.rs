@@ -27,7 +27,10 @@ pub fn decode_file(path: &Path) -> Result<Image, DataError> {
 pub(crate) fn read_limited(path: &Path) -> Result<Vec<u8>, DataError> {
     let bytes = std::fs::metadata(path).map_err(|e| DataError::read(path, e))?.len();
     if bytes > FILE_BYTES_MAX {
-        return Err(DataError::image(path, format!("file of {bytes} bytes; allowed: up to {FILE_BYTES_MAX}")));
+        return Err(DataError::image(
+            path,
+            format!("file of {bytes} bytes; allowed: up to {FILE_BYTES_MAX}"),
+        ));
     }
     std::fs::read(path).map_err(|e| DataError::read(path, e))
 }
@@ -44,8 +47,8 @@ pub fn decode_bytes(path: &Path, bytes: &[u8]) -> Result<Image, DataError> {
         return Err(DataError::image(path, format!("{width}x{height} pixels; allowed: 1 to {PIXELS_MAX}")));
     }
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let mut decoded =
-        DynamicImage::from_decoder(decoder).map_err(|e| DataError::image(path, format!("does not decode: {e}")))?;
+    let mut decoded = DynamicImage::from_decoder(decoder)
+        .map_err(|e| DataError::image(path, format!("does not decode: {e}")))?;
     decoded.apply_orientation(orientation);
     let rgb = decoded.into_rgb8();
     Ok(Image::from_pixels(rgb.height() as usize, rgb.width() as usize, rgb.into_raw()))
@@ -60,7 +63,10 @@ pub fn displayed_size(path: &Path, bytes: &[u8]) -> Result<(u32, u32), DataError
     let (width, height) = decoder.dimensions();
     let swapped = matches!(
         decoder.orientation().unwrap_or(Orientation::NoTransforms),
-        Orientation::Rotate90 | Orientation::Rotate270 | Orientation::Rotate90FlipH | Orientation::Rotate270FlipH
+        Orientation::Rotate90
+            | Orientation::Rotate270
+            | Orientation::Rotate90FlipH
+            | Orientation::Rotate270FlipH
     );
     Ok(if swapped { (height, width) } else { (width, height) })
 }

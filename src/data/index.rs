@@ -41,7 +41,8 @@ pub(super) fn fingerprint(images: &[PathBuf], labels: &[PathBuf], settings: &str
     for path in images.iter().zip(labels).flat_map(|(image, label)| [image, label]) {
         hash.update(path.as_os_str().as_encoded_bytes());
         if let Ok(meta) = std::fs::metadata(path) {
-            let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+            let time =
+                meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
             hash.update(meta.len().to_le_bytes());
             hash.update(time.as_nanos().to_le_bytes());
         }

@@ -43,7 +43,12 @@ pub fn parse(file: &Path, bytes: &[u8], class_count: usize, single_cls: bool) ->
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         out.rows = 1;
-        out.findings.push(Finding::new(file, 1, FindingKind::BoxDropped, "the file is UTF-16; allowed: UTF-8"));
+        out.findings.push(Finding::new(
+            file,
+            1,
+            FindingKind::BoxDropped,
+            "the file is UTF-16; allowed: UTF-8",
+        ));
         return out;
     }
     let (mut boxes, mut polygons) = (0usize, 0usize);
@@ -63,7 +68,11 @@ pub fn parse(file: &Path, bytes: &[u8], class_count: usize, single_cls: bool) ->
         match parse_line(text, class_count, single_cls) {
             Err(reason) => drop(reason),
             Ok(row) => {
-                if row.polygon { polygons += 1 } else { boxes += 1 }
+                if row.polygon {
+                    polygons += 1
+                } else {
+                    boxes += 1
+                }
                 if out.labels.contains(&row.label) {
                     let reason = "the same row stands above";
                     out.findings.push(Finding::new(file, i + 1, FindingKind::DuplicateRemoved, reason));
@@ -77,7 +86,8 @@ pub fn parse(file: &Path, bytes: &[u8], class_count: usize, single_cls: bool) ->
         }
     }
     if boxes > 0 && polygons > 0 {
-        let reason = format!("{boxes} lines hold boxes and {polygons} hold polygons; each was read as what it is");
+        let reason =
+            format!("{boxes} lines hold boxes and {polygons} hold polygons; each was read as what it is");
         out.findings.push(Finding::new(file, 0, FindingKind::Note, reason));
     }
     out
@@ -126,7 +136,8 @@ fn parse_line(text: &str, class_count: usize, single_cls: bool) -> Result<Row, S
         }
         *number = inside;
     }
-    let cxcywh = if polygon { bounding_box(&numbers) } else { [numbers[0], numbers[1], numbers[2], numbers[3]] };
+    let cxcywh =
+        if polygon { bounding_box(&numbers) } else { [numbers[0], numbers[1], numbers[2], numbers[3]] };
     if cxcywh[2] <= 0.0 || cxcywh[3] <= 0.0 {
         return Err("the polygon has no area".to_owned());
     }

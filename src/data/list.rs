@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use super::DataError;
 
 /// Suffixes that make a file an image.
-pub const SUFFIXES: [&str; 13] = [
-    "avif", "bmp", "dng", "heic", "heif", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp",
-];
+pub const SUFFIXES: [&str; 13] =
+    ["avif", "bmp", "dng", "heic", "heif", "jp2", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp"];
 /// Deepest folder that is entered.
 const DEPTH_MAX: usize = 32;
 /// Most files of one split.
@@ -27,7 +26,10 @@ pub fn is_image(path: &Path) -> bool {
 ///
 /// # Errors
 /// [`DataError::Read`] when a folder or list cannot be read.
-pub fn images_of(places: &[PathBuf], resolve: &dyn Fn(&str, &Path) -> PathBuf) -> Result<Vec<PathBuf>, DataError> {
+pub fn images_of(
+    places: &[PathBuf],
+    resolve: &dyn Fn(&str, &Path) -> PathBuf,
+) -> Result<Vec<PathBuf>, DataError> {
     let mut out = Vec::new();
     for place in places {
         let is_list = place.extension().is_some_and(|suffix| suffix.eq_ignore_ascii_case("txt"));
@@ -46,7 +48,10 @@ pub fn images_of(places: &[PathBuf], resolve: &dyn Fn(&str, &Path) -> PathBuf) -
 
 fn walk(folder: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), DataError> {
     if depth > DEPTH_MAX {
-        return Err(DataError::read(folder, std::io::Error::other(format!("deeper than {DEPTH_MAX} folders"))));
+        return Err(DataError::read(
+            folder,
+            std::io::Error::other(format!("deeper than {DEPTH_MAX} folders")),
+        ));
     }
     for entry in std::fs::read_dir(folder).map_err(|e| DataError::read(folder, e))? {
         let entry = entry.map_err(|e| DataError::read(folder, e))?;
@@ -57,7 +62,10 @@ fn walk(folder: &Path, depth: usize, out: &mut Vec<PathBuf>) -> Result<(), DataE
             walk(&path, depth + 1, out)?;
         } else if is_image(&path) && !entry.file_name().as_encoded_bytes().starts_with(b"._") {
             if out.len() == FILES_MAX {
-                return Err(DataError::read(folder, std::io::Error::other(format!("over {FILES_MAX} images"))));
+                return Err(DataError::read(
+                    folder,
+                    std::io::Error::other(format!("over {FILES_MAX} images")),
+                ));
             }
             out.push(path);
         }

@@ -63,7 +63,8 @@ impl Default for LoaderArgs {
 
 impl LoaderArgs {
     fn check(&self) -> Result<(), DataError> {
-        let fail = |key, value: usize, allowed| Err(DataError::Option { key, value: value.to_string(), allowed });
+        let fail =
+            |key, value: usize, allowed| Err(DataError::Option { key, value: value.to_string(), allowed });
         if self.imgsz == 0 || self.imgsz > 8192 {
             return fail("imgsz", self.imgsz, "1 to 8192");
         }
@@ -156,8 +157,10 @@ impl Build for TrainBuild {
             };
             let plan = SamplePlan::draw(&epoch.augment, &context);
             let own = epoch.order[position];
-            let source =
-                SampleSource { samples: &self.samples, decode_always: self.args.decode_always.then_some(own) };
+            let source = SampleSource {
+                samples: &self.samples,
+                decode_always: self.args.decode_always.then_some(own),
+            };
             let boxes = composer.compose(&plan, self.args.imgsz, (h, w), &source, pixels)?;
             push_targets(out, i, &boxes);
             out.samples.push(own);
@@ -185,9 +188,11 @@ impl Build for TrainBuild {
 /// Appends the boxes of image `i` of the batch as targets.
 fn push_targets(out: &mut Batch, i: usize, boxes: &[PixelBox]) {
     let (w, h) = (out.w as f32, out.h as f32);
-    out.targets.extend(
-        boxes.iter().map(|b| Target { image: i as u32, class: b.class, cxcywh: b.cxcywh(w, h) }),
-    );
+    out.targets.extend(boxes.iter().map(|b| Target {
+        image: i as u32,
+        class: b.class,
+        cxcywh: b.cxcywh(w, h),
+    }));
 }
 
 /// Augmented batches of the training split, shuffled anew each epoch.

@@ -133,7 +133,9 @@ impl<B: Build> Pool<B> {
     fn make_here(&mut self) -> Result<Option<Batch>, DataError> {
         let (epoch, index, mut batch) = {
             let mut state = self.shared.lock();
-            let Some(epoch) = state.epoch.clone().filter(|_| state.delivered < state.end) else { return Ok(None) };
+            let Some(epoch) = state.epoch.clone().filter(|_| state.delivered < state.end) else {
+                return Ok(None);
+            };
             state.delivered += 1;
             (epoch, state.delivered - 1, state.spare.pop().unwrap_or_default())
         };
@@ -185,12 +187,17 @@ impl<B: Build> Shared<B> {
             state.next += 1;
             let mut batch = state.spare.pop().unwrap_or_default();
             drop(state);
-            let made = catch_unwind(AssertUnwindSafe(|| self.build.build(&epoch, index, &mut scratch, &mut batch)));
+            let made =
+                catch_unwind(AssertUnwindSafe(|| self.build.build(&epoch, index, &mut scratch, &mut batch)));
             let result = match made {
                 Ok(result) => result.map(|()| batch),
                 Err(panic) => {
                     scratch = B::Scratch::default();
-                    Err(DataError::Worker { epoch: B::number(&epoch), batch: index, message: message_of(&*panic) })
+                    Err(DataError::Worker {
+                        epoch: B::number(&epoch),
+                        batch: index,
+                        message: message_of(&*panic),
+                    })
                 }
             };
             state = self.lock();

@@ -36,14 +36,19 @@ pub fn probe(path: &Path, verify: Verify) -> Result<ImageFacts, DataError> {
     }
     let (width, height) = decode::displayed_size(path, &bytes)?;
     if width < SIDE_MIN || height < SIDE_MIN {
-        return Err(DataError::image(path, format!("{width}x{height} pixels; allowed: sides of at least {SIDE_MIN}")));
+        return Err(DataError::image(
+            path,
+            format!("{width}x{height} pixels; allowed: sides of at least {SIDE_MIN}"),
+        ));
     }
     if u64::from(width) * u64::from(height) > decode::PIXELS_MAX {
         let allowed = decode::PIXELS_MAX;
         return Err(DataError::image(path, format!("{width}x{height} pixels; allowed: at most {allowed}")));
     }
     match completeness(&bytes) {
-        Some(false) => return Err(DataError::image(path, "the file is cut short (its end marker is missing)")),
+        Some(false) => {
+            return Err(DataError::image(path, "the file is cut short (its end marker is missing)"));
+        }
         Some(true) if verify == Verify::Structure => {}
         // Formats without a structure that is cheap to walk are decoded whatever was asked for.
         _ => {
@@ -110,7 +115,8 @@ mod tests {
     use super::*;
 
     fn encoded(format: image::ImageFormat) -> Vec<u8> {
-        let picture = image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, (x * y) as u8]));
+        let picture =
+            image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, (x * y) as u8]));
         let mut bytes = Vec::new();
         picture.write_to(&mut Cursor::new(&mut bytes), format).expect("encodes");
         bytes
@@ -120,7 +126,9 @@ mod tests {
     fn cut_files_are_found_and_whole_ones_pass() {
         let dir = tempfile::tempdir().expect("a folder");
         use image::ImageFormat::{Bmp, Jpeg, Png, Tiff, WebP};
-        for (format, name) in [(Jpeg, "a.jpg"), (Png, "a.png"), (Bmp, "a.bmp"), (WebP, "a.webp"), (Tiff, "a.tif")] {
+        for (format, name) in
+            [(Jpeg, "a.jpg"), (Png, "a.png"), (Bmp, "a.bmp"), (WebP, "a.webp"), (Tiff, "a.tif")]
+        {
             let bytes = encoded(format);
             let path = dir.path().join(name);
             for verify in [Verify::Structure, Verify::Decode] {

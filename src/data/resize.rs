@@ -17,7 +17,14 @@ pub fn resize(source: &Image, height: usize, width: usize) -> Image {
 }
 
 /// [`resize`] between slices of `h * w * 3` bytes. Panics when a size is zero or a slice has another length.
-pub fn resize_into(source: &[u8], source_h: usize, source_w: usize, out: &mut [u8], height: usize, width: usize) {
+pub fn resize_into(
+    source: &[u8],
+    source_h: usize,
+    source_w: usize,
+    out: &mut [u8],
+    height: usize,
+    width: usize,
+) {
     assert!(source_h * source_w * height * width > 0, "sizes are positive");
     assert_eq!(source.len(), source_h * source_w * 3, "source bytes");
     assert_eq!(out.len(), height * width * 3, "destination bytes");
@@ -64,7 +71,8 @@ mod tests {
     #[test]
     fn is_near_the_exact_formula() {
         let mut rng = Rng::new(11, Use::Test, 0, 0);
-        for (h, w, oh, ow) in [(5, 7, 11, 3), (1, 1, 4, 4), (16, 9, 8, 9), (33, 21, 20, 64), (4, 701, 4, 640)] {
+        for (h, w, oh, ow) in [(5, 7, 11, 3), (1, 1, 4, 4), (16, 9, 8, 9), (33, 21, 20, 64), (4, 701, 4, 640)]
+        {
             let source = Image::from_pixels(h, w, (0..h * w * 3).map(|_| rng.next_u32() as u8).collect());
             let out = resize(&source, oh, ow);
             for y in 0..oh {
@@ -78,7 +86,10 @@ mod tests {
                         let exact = (at(x0, y0) * (1.0 - v) + at(x1, y0) * v) * (1.0 - u)
                             + (at(x0, y1) * (1.0 - v) + at(x1, y1) * v) * u;
                         let got = f64::from(out.pixel(x, y)[c]);
-                        assert!((got - exact).abs() <= 1.1, "{h}x{w} to {oh}x{ow} at {x},{y}: {got} and {exact}");
+                        assert!(
+                            (got - exact).abs() <= 1.1,
+                            "{h}x{w} to {oh}x{ow} at {x},{y}: {got} and {exact}"
+                        );
                     }
                 }
             }

@@ -73,7 +73,11 @@ fn look(image: &Path, label_file: &Path, settings: &ScanSettings) -> Entry {
     let bytes = match bytes {
         Ok(bytes) => bytes,
         Err(error) => {
-            return dropped(Vec::new(), image, format!("its label file {} cannot be read: {error}", label_file.display()));
+            return dropped(
+                Vec::new(),
+                image,
+                format!("its label file {} cannot be read: {error}", label_file.display()),
+            );
         }
     };
     let parsed = labels::parse(label_file, &bytes, settings.class_count, settings.single_cls);
@@ -101,7 +105,8 @@ fn gather(
     class_count: usize,
     from_cache: bool,
 ) -> (Vec<Sample>, SplitReport) {
-    let mut report = SplitReport { split: split.to_owned(), images_found: images.len(), from_cache, ..Default::default() };
+    let mut report =
+        SplitReport { split: split.to_owned(), images_found: images.len(), from_cache, ..Default::default() };
     let mut samples = Vec::with_capacity(images.len());
     for (path, entry) in images.iter().zip(entries) {
         for finding in entry.findings {

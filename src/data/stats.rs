@@ -22,7 +22,12 @@ fn split_text(report: &DatasetReport, split: &SplitReport, out: &mut String) {
     let _ = writeln!(
         out,
         "{}: {} images ({} without boxes, {} dropped), {} boxes (at most {} in one image)",
-        split.split, split.images_kept, backgrounds, split.images_dropped, split.boxes, split.boxes_per_image_max
+        split.split,
+        split.images_kept,
+        backgrounds,
+        split.images_dropped,
+        split.boxes,
+        split.boxes_per_image_max
     );
     if let Some([(h0, w0), (h1, w1)]) = split.image_sizes {
         let _ = writeln!(out, "  image sizes: {w0}x{h0} to {w1}x{h1}");
@@ -30,7 +35,9 @@ fn split_text(report: &DatasetReport, split: &SplitReport, out: &mut String) {
     let widest = report.names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(5);
     let _ = writeln!(out, "  {:<widest$}  {:>8}  {:>8}", "class", "boxes", "images");
     let most = split.class_counts.iter().copied().max().unwrap_or(0);
-    for (name, (&boxes, &images)) in report.names.iter().zip(split.class_counts.iter().zip(&split.class_images)) {
+    for (name, (&boxes, &images)) in
+        report.names.iter().zip(split.class_counts.iter().zip(&split.class_images))
+    {
         let _ = writeln!(out, "  {name:<widest$}  {boxes:>8}  {images:>8}  {}", bar(boxes, most));
     }
     let _ = writeln!(out, "  box size (square root of the area, share of the image)");

@@ -126,7 +126,8 @@ fn check(args: &SynthArgs) -> Result<(), DataError> {
 
 fn fill(folder: &Path, args: &SynthArgs) -> Result<(), DataError> {
     use rayon::prelude::*;
-    for (number, (split, count)) in [("train", args.images), ("val", args.val_images)].into_iter().enumerate() {
+    for (number, (split, count)) in [("train", args.images), ("val", args.val_images)].into_iter().enumerate()
+    {
         let (images, labels) = (folder.join("images").join(split), folder.join("labels").join(split));
         for folder in [&images, &labels] {
             std::fs::create_dir_all(folder).map_err(|e| DataError::write(folder, e))?;
@@ -161,9 +162,12 @@ fn encode(image: &Image, format: Format) -> Result<Vec<u8>, DataError> {
     let mut bytes = Cursor::new(Vec::new());
     let (w, h) = (image.width as u32, image.height as u32);
     match format {
-        Format::Jpeg => {
-            JpegEncoder::new_with_quality(&mut bytes, 92).write_image(&image.pixels, w, h, ExtendedColorType::Rgb8)
-        }
+        Format::Jpeg => JpegEncoder::new_with_quality(&mut bytes, 92).write_image(
+            &image.pixels,
+            w,
+            h,
+            ExtendedColorType::Rgb8,
+        ),
         Format::Png => PngEncoder::new(&mut bytes).write_image(&image.pixels, w, h, ExtendedColorType::Rgb8),
     }
     .map_err(|e| DataError::image(&PathBuf::from("(synthetic)"), e.to_string()))?;

@@ -47,7 +47,10 @@ impl<'a> Canvas<'a> {
     pub fn new(height: usize, width: usize, patches: Vec<(PatchRect, &'a Image)>) -> Canvas<'a> {
         for (rect, image) in &patches {
             let [x1, y1, x2, y2] = rect.dest;
-            assert!(x1 <= x2 && x2 <= width && y1 <= y2 && y2 <= height, "{rect:?} on a {height}x{width} canvas");
+            assert!(
+                x1 <= x2 && x2 <= width && y1 <= y2 && y2 <= height,
+                "{rect:?} on a {height}x{width} canvas"
+            );
             let fits = rect.source[0] + x2 - x1 <= image.width && rect.source[1] + y2 - y1 <= image.height;
             assert!(fits, "{rect:?} in a {}x{} image", image.height, image.width);
         }
@@ -176,7 +179,8 @@ impl<'a> Canvas<'a> {
         if let Some((rect, image)) = self.patches.get(*last) {
             let [x1, y1, x2, y2] = rect.dest.map(|v| v as i64);
             if x >= x1 && x + 1 < x2 && y >= y1 && y + 1 < y2 {
-                let at = ((y - y1) as usize + rect.source[1]) * image.width + (x - x1) as usize + rect.source[0];
+                let at =
+                    ((y - y1) as usize + rect.source[1]) * image.width + (x - x1) as usize + rect.source[0];
                 let pair = |at: usize| {
                     let p = &image.pixels[at * 3..at * 3 + 6];
                     ([p[0], p[1], p[2]], [p[3], p[4], p[5]])

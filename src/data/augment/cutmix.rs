@@ -26,7 +26,12 @@ impl CutmixDraws {
             let share = (1.0 - rng.uniform()).sqrt();
             let (w, h) = ((width as f64 * share) as usize, (height as f64 * share) as usize);
             let (cx, cy) = (rng.below(width), rng.below(height));
-            [cx.saturating_sub(w / 2), cy.saturating_sub(h / 2), (cx + w / 2).min(width), (cy + h / 2).min(height)]
+            [
+                cx.saturating_sub(w / 2),
+                cy.saturating_sub(h / 2),
+                (cx + w / 2).min(width),
+                (cy + h / 2).min(height),
+            ]
         });
         CutmixDraws { rects, choice: rng.uniform() }
     }

@@ -47,16 +47,19 @@ impl PixelBox {
     /// The part inside `[0, width] x [0, height]`.
     pub fn clipped(self, width: f32, height: f32) -> PixelBox {
         let [x1, y1, x2, y2] = self.xyxy;
-        let xyxy =
-            [x1.clamp(0.0, width), y1.clamp(0.0, height), x2.clamp(0.0, width), y2.clamp(0.0, height)];
+        let xyxy = [x1.clamp(0.0, width), y1.clamp(0.0, height), x2.clamp(0.0, width), y2.clamp(0.0, height)];
         PixelBox { class: self.class, xyxy }
     }
 
     /// From centre and size as fractions of an image of `width` x `height` pixels.
     pub fn from_cxcywh(class: u32, cxcywh: [f32; 4], width: f32, height: f32) -> PixelBox {
         let [cx, cy, w, h] = cxcywh;
-        let xyxy =
-            [(cx - w / 2.0) * width, (cy - h / 2.0) * height, (cx + w / 2.0) * width, (cy + h / 2.0) * height];
+        let xyxy = [
+            (cx - w / 2.0) * width,
+            (cy - h / 2.0) * height,
+            (cx + w / 2.0) * width,
+            (cy + h / 2.0) * height,
+        ];
         PixelBox { class, xyxy }
     }
 

@@ -22,7 +22,13 @@ pub fn draw_centre(imgsz: usize, rng: &mut Rng) -> (usize, usize) {
 
 /// Places patch `position` (0 top-left, 1 top-right, 2 bottom-left, 3 bottom-right) of `height` x `width` pixels on a
 /// canvas of `2 s` x `2 s` so that its inner corner lies on the centre, cropped on its outer sides.
-pub fn place(position: usize, centre: (usize, usize), height: usize, width: usize, imgsz: usize) -> PatchRect {
+pub fn place(
+    position: usize,
+    centre: (usize, usize),
+    height: usize,
+    width: usize,
+    imgsz: usize,
+) -> PatchRect {
     assert!(position < 4, "a mosaic has four patches");
     let side = 2 * imgsz;
     let axis = |before: bool, centre: usize, length: usize| {

@@ -62,7 +62,8 @@ impl PerspectiveDraws {
     /// C moves the input's centre to the origin, P is the identity with bottom row (px, py, 1), R rotates and zooms,
     /// S shears, T moves the origin to (translate_x * width, translate_y * height) of the output.
     pub fn matrix(&self, in_hw: (usize, usize), out_hw: (usize, usize)) -> Matrix {
-        let centre = [[1.0, 0.0, -(in_hw.1 as f64) / 2.0], [0.0, 1.0, -(in_hw.0 as f64) / 2.0], [0.0, 0.0, 1.0]];
+        let centre =
+            [[1.0, 0.0, -(in_hw.1 as f64) / 2.0], [0.0, 1.0, -(in_hw.0 as f64) / 2.0], [0.0, 0.0, 1.0]];
         let perspective = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [self.perspective_x, self.perspective_y, 1.0]];
         let (sin, cos) = self.angle.to_radians().sin_cos();
         let (sin, cos) = (sin * self.scale, cos * self.scale);
@@ -108,12 +109,8 @@ pub fn transform_box(matrix: &Matrix, b: &PixelBox, out_hw: (usize, usize)) -> P
     let fold = |pick: fn(&(f64, f64)) -> f64, best: fn(f64, f64) -> f64| {
         corners.iter().map(pick).reduce(best).expect("four corners") as f32
     };
-    let xyxy = [
-        fold(|c| c.0, f64::min),
-        fold(|c| c.1, f64::min),
-        fold(|c| c.0, f64::max),
-        fold(|c| c.1, f64::max),
-    ];
+    let xyxy =
+        [fold(|c| c.0, f64::min), fold(|c| c.1, f64::min), fold(|c| c.0, f64::max), fold(|c| c.1, f64::max)];
     PixelBox { class: b.class, xyxy }.clipped(out_hw.1 as f32, out_hw.0 as f32)
 }
 

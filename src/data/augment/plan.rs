@@ -119,8 +119,7 @@ mod tests {
         let args =
             AugmentArgs { mixup: 0.5, cutmix: 0.5, degrees: 3.0, mosaic: 0.7, ..AugmentArgs::default() };
         let at = |seed, epoch, position| {
-            let context =
-                PlanContext { seed, epoch, order: &order, position, imgsz: 64, out_hw: (64, 64) };
+            let context = PlanContext { seed, epoch, order: &order, position, imgsz: 64, out_hw: (64, 64) };
             SamplePlan::draw(&args, &context)
         };
         assert_eq!(at(1, 2, 3), at(1, 2, 3));
@@ -135,14 +134,8 @@ mod tests {
     fn partners_of_a_large_set_are_recent() {
         let order: Vec<u32> = (0..5000).collect();
         for position in [0usize, 100, 4999] {
-            let context = PlanContext {
-                seed: 1,
-                epoch: 0,
-                order: &order,
-                position,
-                imgsz: 64,
-                out_hw: (64, 64),
-            };
+            let context =
+                PlanContext { seed: 1, epoch: 0, order: &order, position, imgsz: 64, out_hw: (64, 64) };
             let plan = SamplePlan::draw(&AugmentArgs::default(), &context);
             for &image in &plan.base.images {
                 assert!((position + 5000 - image as usize) % 5000 < PARTNER_WINDOW);

@@ -56,7 +56,13 @@ impl Run<'_, '_> {
         let close = self.args.close_mosaic;
         let mosaic_closed = close > 0 && epoch >= epochs.saturating_sub(close);
         let batch = self.progress.batch + 1;
-        self.reporter.emit(SessionEvent::EpochStarted { epoch: epoch + 1, epochs, batch, batches, mosaic_closed });
+        self.reporter.emit(SessionEvent::EpochStarted {
+            epoch: epoch + 1,
+            epochs,
+            batch,
+            batches,
+            mosaic_closed,
+        });
         self.loader.start_epoch(epoch, self.progress.batch, mosaic_closed);
         let started = Instant::now();
         let mut waited = 0.0;
@@ -305,7 +311,12 @@ impl Run<'_, '_> {
     }
 
     /// Reports a validation.
-    pub(super) fn report_validation(&mut self, validation: &super::Validation, epoch: u32, with_classes: bool) {
+    pub(super) fn report_validation(
+        &mut self,
+        validation: &super::Validation,
+        epoch: u32,
+        with_classes: bool,
+    ) {
         let classes = if with_classes { validation.class_figures(&self.dataset.names) } else { Vec::new() };
         let m = &validation.metrics;
         self.reporter.emit(SessionEvent::Validated {

@@ -61,7 +61,17 @@ impl Network {
         let loss_config = LossConfig { reg_max: detector.reg_max, ..loss };
         let (name, loss) = (detector.name, DetectionLoss::new(loss_config.clone(), 0, 0, 0));
         let plans = HashMap::new();
-        Ok(Network { params, executor, name, nc, loss_config, loss, loss_capacity: (0, 0), plans, loss_time: Duration::ZERO })
+        Ok(Network {
+            params,
+            executor,
+            name,
+            nc,
+            loss_config,
+            loss,
+            loss_capacity: (0, 0),
+            plans,
+            loss_time: Duration::ZERO,
+        })
     }
 
     /// Threads that compute.

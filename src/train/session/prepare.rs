@@ -9,15 +9,15 @@ use super::{Run, SessionSpec, ValidationArgs, auto_batch, initial, pretrained, s
 use crate::data::augment::{AugmentArgs, CopyPasteMode, Scale};
 use crate::data::cache::{CacheArgs, CacheMode};
 use crate::data::dataset::Fraction;
-use crate::data::{
-    DataError, Dataset, DatasetOptions, LoaderArgs, Split, SplitName, TrainLoader, ValLoader,
-};
+use crate::data::{DataError, Dataset, DatasetOptions, LoaderArgs, Split, SplitName, TrainLoader, ValLoader};
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::models::Detector;
 use crate::detect::nms::NmsArgs;
 use crate::engine::optim::{Algorithm, Ema, Form, Hyper, Optimizer, Role, Tensor, groups};
 use crate::engine::params::{ParamKind, ParamSet};
-use crate::train::args::{Batch, Cache, OptimizerChoice as Choice, Scale as ScaleArg, Share, Source, TrainArgs};
+use crate::train::args::{
+    Batch, Cache, OptimizerChoice as Choice, Scale as ScaleArg, Share, Source, TrainArgs,
+};
 use crate::train::checkpoint::{self, Checkpoint, Progress, Resolved, Store};
 use crate::train::early_stop::EarlyStop;
 use crate::train::error::TrainError;
@@ -42,7 +42,8 @@ pub(super) fn prepare<'r, 'o>(
     let largest_stride = 32;
     let imgsz = (args.imgsz as usize).next_multiple_of(largest_stride);
     if imgsz != args.imgsz as usize {
-        reporter.warn(format!("imgsz {} is rounded up to {imgsz}, a multiple of {largest_stride}", args.imgsz));
+        reporter
+            .warn(format!("imgsz {} is rounded up to {imgsz}, a multiple of {largest_stride}", args.imgsz));
     }
     let detector = build(&source.architecture, nc, imgsz, imgsz)?;
     let mut network = Network::new(&source.architecture, nc, loss_config(&args, &train, nc), spec.threads)?;
@@ -55,9 +56,9 @@ pub(super) fn prepare<'r, 'o>(
     let mut optimizer = optimizer(&args, &resolved, &network.params)?;
     let fingerprint = save::fingerprint(&detector.name, nc, network.params.trainable_count(), &optimizer);
     let batches = train.len().div_ceil(resolved.batch);
-    let epochs = found.as_ref().map_or(args.epochs, |(_, c)| {
-        if args.time.is_some() { c.progress.epochs } else { args.epochs }
-    });
+    let epochs = found
+        .as_ref()
+        .map_or(args.epochs, |(_, c)| if args.time.is_some() { c.progress.epochs } else { args.epochs });
     let schedule = Schedule::new(schedule_spec(&args, &resolved, batches, epochs));
     let has_momentum = optimizer.algorithm().has_momentum();
     schedule.apply(0, 0, &mut optimizer.groups, has_momentum);
@@ -302,7 +303,8 @@ pub(super) fn validation_split<'d>(dataset: &'d Dataset, args: &TrainArgs) -> Re
 
 /// Class weights (1 / count)^power of mean 1; classes without boxes get the mean of the others.
 fn class_weights(counts: &[usize], power: f64) -> Option<Vec<f32>> {
-    let present: Vec<f64> = counts.iter().filter(|&&n| n > 0).map(|&n| (1.0 / n as f64).powf(power)).collect();
+    let present: Vec<f64> =
+        counts.iter().filter(|&&n| n > 0).map(|&n| (1.0 / n as f64).powf(power)).collect();
     if power == 0.0 || present.is_empty() {
         return None;
     }
