@@ -1,173 +1,151 @@
-//! A session on the console: a progress bar on a terminal, plain lines otherwise.
+//! What `run` shows: a progress bar for each running job on a terminal, plain lines otherwise.
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::{Map, Value};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value as Json;
 
-use super::signals;
-use crate::train::event::{ClassFigures, Command, Observer, SessionEvent};
+use crate::actors::supervisor::{Notice, Observer};
+use crate::adapters::logs::ConsoleWriter;
+use crate::job::record::JobRecord;
+use crate::job::state::JobState;
 
-/// Without a terminal a line about the step in hand appears this often.
-const PLAIN_INTERVAL: Duration = Duration::from_secs(30);
-
-/// Writes to standard error, so that standard output stays free for results.
+/// Shows notices on the console.
 pub struct Console {
-    bar: Option<ProgressBar>,
-    last_plain: Instant,
-}
-
-impl Default for Console {
-    fn default() -> Console {
-        Console { bar: None, last_plain: Instant::now() }
-    }
+    bars: MultiProgress,
+    terminal: bool,
+    jobs: Mutex<HashMap<String, ProgressBar>>,
 }
 
 impl Console {
-    fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+    /// A console on standard error; bars only when that is a terminal.
+    pub fn new() -> Arc<Self> {
+        let terminal = std::io::stderr().is_terminal();
+        let target =
+            if terminal { ProgressDrawTarget::stderr_with_hz(8) } else { ProgressDrawTarget::hidden() };
+        Arc::new(Self { bars: MultiProgress::with_draw_target(target), terminal, jobs: Mutex::default() })
+    }
+
+    /// True when standard error is a terminal.
+    pub fn is_terminal(&self) -> bool {
+        self.terminal
+    }
+
+    /// A writer of log lines that keeps clear of the bars.
+    pub fn writer(self: &Arc<Self>) -> ConsoleWriter {
+        let console = self.clone();
+        Arc::new(move |line| {
+            use std::io::Write;
+            // A closed console is no reason to fail.
+            let print = || drop(writeln!(std::io::stderr().lock(), "{line}"));
+            if console.terminal { console.bars.suspend(print) } else { print() }
+        })
+    }
+
+    fn bar(&self, record: &JobRecord) {
+        if !self.terminal {
+            return;
+        }
+        let style = ProgressStyle::with_template("{prefix:.bold} [{bar:30.cyan/blue}] {percent:>3}% {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("━╸─");
+        let bar = self.bars.add(ProgressBar::new(1000).with_style(style));
+        bar.set_prefix(shorten(record.task_id.as_str(), 20));
+        bar.set_message("preparing");
+        bar.enable_steady_tick(Duration::from_millis(500));
+        if let Ok(mut jobs) = self.jobs.lock() {
+            jobs.insert(record.task_id.to_string(), bar);
         }
     }
 
-    fn begin_epoch(&mut self, batch: usize, batches: usize) {
-        if !std::io::stderr().is_terminal() {
-            return;
+    fn step(&self, task_id: &str, event: &Json) {
+        let Ok(jobs) = self.jobs.lock() else { return };
+        let Some(bar) = jobs.get(task_id) else { return };
+        let number = |key: &str| event[key].as_f64();
+        match event["event"].as_str() {
+            Some("plan") => bar.set_message("first step"),
+            Some("step") => {
+                let (epoch, batch) = (number("epoch").unwrap_or(1.0), number("batch").unwrap_or(0.0));
+                let batches = number("batches").unwrap_or(1.0).max(1.0);
+                let epochs = number("epochs").unwrap_or_else(|| bar.length().unwrap_or(1000) as f64 / 1000.0);
+                bar.set_length((epochs * 1000.0) as u64);
+                bar.set_position(((epoch - 1.0 + batch / batches) * 1000.0) as u64);
+                let losses: Vec<String> = ["box_loss", "cls_loss", "dfl_loss"]
+                    .iter()
+                    .filter_map(|name| {
+                        Some(format!("{} {:.3}", name.trim_end_matches("_loss"), number(name)?))
+                    })
+                    .collect();
+                let speed =
+                    number("images_per_second").map_or(String::new(), |speed| format!(" {speed:.1} img/s"));
+                bar.set_message(format!("epoch {epoch} batch {batch}/{batches} {}{speed}", losses.join(" ")));
+            }
+            Some("epoch_started" | "epoch") => {
+                if let Some(epochs) = number("epochs") {
+                    bar.set_length((epochs * 1000.0) as u64);
+                }
+            }
+            _ => {}
         }
-        let bar = ProgressBar::with_draw_target(Some(batches as u64), ProgressDrawTarget::stderr());
-        let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_position(batch.saturating_sub(1) as u64);
-        bar.reset_eta();
-        self.bar = Some(bar);
     }
 
-    fn step(&mut self, event: &SessionEvent, epochs: &str) {
-        let SessionEvent::Step { batch, batches, box_loss, cls_loss, dfl_loss, images_per_second, .. } =
-            event
-        else {
-            return;
-        };
-        let losses = format!("box {box_loss:.3} cls {cls_loss:.3} dfl {dfl_loss:.3}");
-        let text = format!("epoch {epochs} {losses} {images_per_second:.1} img/s");
-        if let Some(bar) = &self.bar {
-            bar.set_message(text);
-            bar.set_position(*batch as u64);
-        } else if self.last_plain.elapsed() >= PLAIN_INTERVAL {
-            self.last_plain = Instant::now();
-            eprintln!("{text} batch {batch}/{batches}");
+    fn left(&self, record: &JobRecord) {
+        if let Ok(mut jobs) = self.jobs.lock()
+            && let Some(bar) = jobs.remove(record.task_id.as_str())
+        {
+            bar.finish_and_clear();
         }
+        if record.state == JobState::Completed {
+            self.print(&final_metrics(record));
+        }
+    }
+
+    /// Results go to standard output, so that a script can read them.
+    fn print(&self, text: &str) {
+        use std::io::Write;
+        let print = || drop(writeln!(std::io::stdout().lock(), "{text}"));
+        if self.terminal { self.bars.suspend(print) } else { print() }
     }
 }
 
 impl Observer for Console {
-    fn event(&mut self, event: &SessionEvent) {
-        match event {
-            SessionEvent::Started { run_dir, .. } => self.line(&format!("run folder {}", run_dir.display())),
-            SessionEvent::Plan { .. } => self.line(&plan_line(event)),
-            SessionEvent::EpochStarted { batch, batches, .. } => self.begin_epoch(*batch, *batches),
-            SessionEvent::Step { epoch, .. } => self.step(event, &epoch.to_string()),
-            SessionEvent::Validated { classes, metrics, images, boxes, speed_ms, .. } => {
-                if !classes.is_empty() {
-                    self.line(&metrics_table(*images, *boxes, metrics, classes));
-                    self.line(&speed_line(speed_ms));
-                }
-            }
-            SessionEvent::Epoch { epoch, epochs, columns, is_best, .. } => {
-                if let Some(bar) = self.bar.take() {
-                    bar.finish_and_clear();
-                }
-                self.line(&epoch_line(*epoch, *epochs, columns, *is_best));
-            }
-            SessionEvent::Warning { message } => self.line(&format!("warning: {message}")),
-            SessionEvent::Checkpoint { .. } | SessionEvent::Finished { .. } | SessionEvent::Failed { .. } => {
-            }
+    fn notice(&self, notice: &Notice) {
+        match notice {
+            Notice::Started(record) => self.bar(record),
+            Notice::Event { task_id, event } => self.step(task_id.as_str(), event),
+            Notice::Left(record) => self.left(record),
+            // The log says these already.
+            Notice::Accepted(_) | Notice::Rejected { .. } => {}
         }
     }
+}
 
-    fn command(&mut self) -> Command {
-        if signals::asked_to_end() { Command::Stop } else { Command::Continue }
+/// The last word on a completed job: its metrics and where its weights are.
+pub fn final_metrics(record: &JobRecord) -> String {
+    let mut lines = vec![format!("{} completed", record.task_id)];
+    let result = record.result.clone().unwrap_or_default();
+    for (name, value) in result["metrics"].as_object().into_iter().flatten() {
+        let value = value.as_f64().map_or_else(|| value.to_string(), |number| format!("{number:.4}"));
+        lines.push(format!("  {name:<24} {value}"));
     }
-}
-
-fn plan_line(event: &SessionEvent) -> String {
-    let SessionEvent::Plan {
-        parameters,
-        batch,
-        imgsz,
-        threads,
-        images,
-        val_images,
-        epochs,
-        optimizer,
-        lr0,
-        arena_bytes,
-        resumed_step,
-        ..
-    } = event
-    else {
-        return String::new();
-    };
-    let resumed = resumed_step.map_or(String::new(), |step| format!(", resumed at step {step}"));
-    format!(
-        "{parameters} parameters, batch {batch} at {imgsz} px ({} MiB), {threads} threads, {images} training and \
-         {val_images} validation images, {epochs} epochs, {optimizer} lr {lr0}{resumed}",
-        arena_bytes >> 20
-    )
-}
-
-fn value(columns: &Map<String, Value>, name: &str) -> f64 {
-    columns.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN)
-}
-
-fn epoch_line(epoch: u32, epochs: u32, columns: &Map<String, Value>, is_best: bool) -> String {
-    let get = |name: &str| value(columns, name);
-    format!(
-        "epoch {epoch}/{epochs}  box {:.4} cls {:.4} dfl {:.4}  P {:.3} R {:.3} mAP50 {:.4} mAP50-95 {:.4}  {:.0} s{}",
-        get("train/box_loss"),
-        get("train/cls_loss"),
-        get("train/dfl_loss"),
-        get("metrics/precision(B)"),
-        get("metrics/recall(B)"),
-        get("metrics/mAP50(B)"),
-        get("metrics/mAP50-95(B)"),
-        get("time"),
-        if is_best { "  best" } else { "" }
-    )
-}
-
-/// A table with one line for all classes and one for each.
-pub fn metrics_table(
-    images: usize,
-    boxes: usize,
-    metrics: &Map<String, Value>,
-    classes: &[ClassFigures],
-) -> String {
-    let get = |name: &str| value(metrics, name);
-    let width = classes.iter().map(|c| c.name.chars().count()).max().unwrap_or(0).clamp(5, 40);
-    let mut text = format!(
-        "{:<width$} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9}\n",
-        "class", "images", "boxes", "P", "R", "mAP50", "mAP50-95"
-    );
-    let mut row = |name: &str, images: usize, boxes: usize, figures: [f64; 4]| {
-        let [p, r, map50, map] = figures;
-        text.push_str(&format!(
-            "{name:<width$} {images:>8} {boxes:>8} {p:>8.3} {r:>8.3} {map50:>8.4} {map:>9.4}\n"
-        ));
-    };
-    let all =
-        ["metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metrics/mAP50-95(B)"].map(get);
-    row("all", images, boxes, all);
-    for c in classes {
-        row(&c.name, c.images, c.boxes, [c.precision, c.recall, c.map50, c.map50_95]);
+    for (name, key) in [("fitness", "fitness"), ("best weights", "best"), ("last weights", "last")] {
+        match &result[key] {
+            Json::Null => {}
+            Json::String(text) => lines.push(format!("  {name:<24} {text}")),
+            other => lines.push(format!("  {name:<24} {other}")),
+        }
     }
-    text.trim_end().to_owned()
+    lines.push(format!("  {:<24} {}", "run folder", record.run_dir.display()));
+    lines.join("\n")
 }
 
-/// Milliseconds per image by kind of work.
-pub fn speed_line(speed_ms: &[f64; 3]) -> String {
-    let [load, network, after] = speed_ms;
-    format!("per image: {load:.1} ms loading, {network:.1} ms network, {after:.1} ms after it")
+/// A text of at most `width` characters.
+pub fn shorten(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    format!("{}…", text.chars().take(width.saturating_sub(1)).collect::<String>())
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::console::Console;
+use super::session_console::Console;
 use super::{CliError, EXIT_STOPPED, signals};
 use crate::job::spec::{JobSpec, SpecContext};
 use crate::train::args::{Source, TrainArgs};

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::console::{metrics_table, speed_line};
+use super::session_console::{metrics_table, speed_line};
 use super::train::cli_error;
 use super::{CliError, EXIT_STOPPED, signals};
 use crate::train::session::{ValidateFileArgs, validate_file};

@@ -48,7 +48,7 @@ pub fn decode_bytes(path: &Path, bytes: &[u8]) -> Result<Image, DataError> {
     }
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut decoded = DynamicImage::from_decoder(decoder)
-        .map_err(|e| DataError::image(path, format!("does not decode: {e}")))?;
+        .map_err(|e| DataError::image(path, format!("does not decode: {}", e.to_string().trim())))?;
     decoded.apply_orientation(orientation);
     let rgb = decoded.into_rgb8();
     Ok(Image::from_pixels(rgb.height() as usize, rgb.width() as usize, rgb.into_raw()))
@@ -74,12 +74,14 @@ pub fn displayed_size(path: &Path, bytes: &[u8]) -> Result<(u32, u32), DataError
 fn open<'a>(path: &Path, bytes: &'a [u8]) -> Result<impl ImageDecoder + 'a, DataError> {
     let mut reader = ImageReader::new(Cursor::new(bytes))
         .with_guessed_format()
-        .map_err(|e| DataError::image(path, format!("header cannot be read: {e}")))?;
+        .map_err(|e| DataError::image(path, format!("header cannot be read: {}", e.to_string().trim())))?;
     if reader.format().is_none() {
         return Err(DataError::image(path, "not an image of a known format (JPEG, PNG, BMP, WebP, TIFF)"));
     }
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(PIXELS_MAX * 16);
     reader.limits(limits);
-    reader.into_decoder().map_err(|e| DataError::image(path, format!("header cannot be read: {e}")))
+    reader
+        .into_decoder()
+        .map_err(|e| DataError::image(path, format!("header cannot be read: {}", e.to_string().trim())))
 }

@@ -34,6 +34,10 @@ pub fn probe(path: &Path, verify: Verify) -> Result<ImageFacts, DataError> {
     if bytes.is_empty() {
         return Err(DataError::image(path, "the file is empty"));
     }
+    let whole = completeness(&bytes);
+    if whole == Some(false) {
+        return Err(DataError::image(path, "the file is cut short (its end marker is missing)"));
+    }
     let (width, height) = decode::displayed_size(path, &bytes)?;
     if width < SIDE_MIN || height < SIDE_MIN {
         return Err(DataError::image(
@@ -45,15 +49,9 @@ pub fn probe(path: &Path, verify: Verify) -> Result<ImageFacts, DataError> {
         let allowed = decode::PIXELS_MAX;
         return Err(DataError::image(path, format!("{width}x{height} pixels; allowed: at most {allowed}")));
     }
-    match completeness(&bytes) {
-        Some(false) => {
-            return Err(DataError::image(path, "the file is cut short (its end marker is missing)"));
-        }
-        Some(true) if verify == Verify::Structure => {}
-        // Formats without a structure that is cheap to walk are decoded whatever was asked for.
-        _ => {
-            decode::decode_bytes(path, &bytes)?;
-        }
+    // Formats without a structure that is cheap to walk are decoded whatever was asked for.
+    if whole.is_none() || verify == Verify::Decode {
+        decode::decode_bytes(path, &bytes)?;
     }
     Ok(ImageFacts { width, height })
 }

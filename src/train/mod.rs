@@ -1,6 +1,7 @@
 //! One training session: arguments, the loop, schedules, checkpoints, the run folder.
 
 pub mod args;
+pub mod bench;
 pub mod checkpoint;
 pub mod child;
 pub mod early_stop;
@@ -8,6 +9,7 @@ pub mod error;
 pub mod event;
 pub mod files;
 pub mod plots;
+pub mod predictor;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;

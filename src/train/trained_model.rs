@@ -1,15 +1,12 @@
-//! A trained network as it lies in a weights file.
+//! A trained network, read from its weights file.
 
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-
 use super::error::TrainError;
 use crate::detect::models::{Detector, available};
+use crate::detect::weights::{TensorMap, pytorch, safetensors};
 use crate::engine::params::ParamSet;
 
-/// Largest weights file that is read, bytes: several times the largest network.
-const FILE_BYTES_MAX: u64 = 4 << 30;
 /// Smallest input that a network is built for, pixels; the parameters are the same at any size.
 const SIDE_MIN: usize = 64;
 
@@ -32,52 +29,53 @@ impl TrainedModel {
         self.names.len()
     }
 
-    /// Reads a safetensors file whose arrays have the reference's names and shapes, in f32, f16 or bf16.
+    /// Reads a weights file: safetensors, or a checkpoint of the reference where the name ends in `.pt`.
     ///
     /// Which network it is and how many classes it has is seen from the arrays themselves, so that files from
     /// elsewhere, without metadata, can be read too.
     ///
     /// # Errors
-    /// [`TrainError::Storage`] when the file cannot be read, [`TrainError::Weights`] when it is no weights file,
-    /// or not of a network that this program has, or an array is missing or has another shape.
+    /// [`TrainError::Weights`] when the file cannot be read, is no weights file or not of a network that this
+    /// program has, or when an array is missing or has another shape.
     pub fn read(path: &Path) -> Result<TrainedModel, TrainError> {
-        let storage = |source| TrainError::storage("read", path, source);
-        let bytes = std::fs::metadata(path).map_err(storage)?.len();
-        if bytes > FILE_BYTES_MAX {
-            return Err(fault(path, format!("{bytes} bytes, at most {FILE_BYTES_MAX} are read")));
-        }
-        let bytes = std::fs::read(path).map_err(storage)?;
-        let unreadable = |source: safetensors::SafeTensorError| TrainError::Weights {
-            path: path.to_owned(),
-            message: "it is no safetensors file".into(),
-            source: Some(Box::new(source)),
-        };
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(unreadable)?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        let arrays = SafeTensors::deserialize(&bytes).map_err(unreadable)?;
+        let (arrays, names) = arrays_and_names(path)?;
         let (detector, nc) = recognise(path, &arrays)?;
         let mut params = ParamSet::new(&detector.graph);
         let wanted: Vec<String> = params.infos.iter().map(|p| p.name.clone()).collect();
         for name in wanted {
-            let array = arrays.tensor(&name).map_err(|_| fault(path, format!("array {name} is missing")))?;
-            let numbers = numbers(&array).ok_or_else(|| {
-                fault(path, format!("array {name} is of type {:?}; read are F32, F16, BF16", array.dtype()))
-            })?;
-            params.import(&name, array.shape(), &numbers).map_err(|source| TrainError::Weights {
-                path: path.to_owned(),
-                message: format!("array {name} does not fit {}", detector.name),
-                source: Some(Box::new(source)),
-            })?;
+            let array = arrays.get(&name).ok_or_else(|| fault(path, format!("array {name} is missing")))?;
+            let imported = params.import(&name, array.shape(), &array.to_f32());
+            imported.map_err(|e| caused(path, format!("array {name} does not fit {}", detector.name), e))?;
         }
-        let names = metadata.get("names").and_then(|text| class_names(text));
         let names = match names {
             Some(names) if names.len() == nc => names,
             Some(names) => return Err(fault(path, format!("{} names for {nc} classes", names.len()))),
             None => (0..nc).map(|class| class.to_string()).collect(),
         };
-        let imgsz = metadata.get("imgsz").and_then(|text| text.parse().ok()).filter(|side| *side > 0);
+        let imgsz = arrays.metadata.get("imgsz").and_then(|text| text.parse().ok()).filter(|side| *side > 0);
         Ok(TrainedModel { model: detector.name, names, imgsz, params })
     }
+}
+
+/// The arrays of a file and, where it has them, its class names.
+fn arrays_and_names(path: &Path) -> Result<(TensorMap, Option<Vec<String>>), TrainError> {
+    let unreadable = |e| caused(path, "it cannot be read as weights".into(), e);
+    if path.extension().is_some_and(|suffix| suffix.eq_ignore_ascii_case("pt")) {
+        let checkpoint = pytorch::read_file(path).map_err(unreadable)?;
+        let names = Some(checkpoint.class_names).filter(|names| !names.is_empty());
+        return Ok((checkpoint.tensors, names));
+    }
+    let arrays = safetensors::read_file(path).map_err(unreadable)?;
+    let names = arrays.metadata.get("names").and_then(|text| class_names(text));
+    Ok((arrays, names))
+}
+
+fn caused(
+    path: &Path,
+    message: String,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> TrainError {
+    TrainError::Weights { path: path.to_owned(), message, source: Some(Box::new(source)) }
 }
 
 fn fault(path: &Path, message: String) -> TrainError {
@@ -86,23 +84,20 @@ fn fault(path: &Path, message: String) -> TrainError {
 
 /// The network whose arrays these are: the first convolution's width tells the scale, the last bias of the
 /// class branch the number of classes.
-fn recognise(path: &Path, arrays: &SafeTensors<'_>) -> Result<(Detector, usize), TrainError> {
+fn recognise(path: &Path, arrays: &TensorMap) -> Result<(Detector, usize), TrainError> {
     let first = "model.0.conv.weight";
-    let width = arrays.tensor(first).ok().and_then(|a| a.shape().first().copied());
+    let width = arrays.get(first).and_then(|a| a.shape().first().copied());
     let Some(width) = width else {
         return Err(fault(path, format!("array {first} is missing: not the weights of a detector")));
     };
     for name in available() {
         let smallest = |nc| {
-            Detector::build(name, nc, SIDE_MIN, SIDE_MIN).map_err(|source| TrainError::Weights {
-                path: path.to_owned(),
-                message: format!("{name} cannot be built for it"),
-                source: Some(Box::new(source)),
-            })
+            Detector::build(name, nc, SIDE_MIN, SIDE_MIN)
+                .map_err(|e| caused(path, format!("{name} cannot be built for it"), e))
         };
         let detector = smallest(1)?;
         let bias = format!("model.{}.cv3.0.2.bias", detector.head_row);
-        let Some(nc) = arrays.tensor(&bias).ok().and_then(|a| a.shape().first().copied()) else { continue };
+        let Some(nc) = arrays.get(&bias).and_then(|a| a.shape().first().copied()) else { continue };
         let first = detector.graph.params.iter().find(|p| p.name == first).map(|p| p.kind.shape()[0]);
         if first == Some(width) {
             return Ok((smallest(nc)?, nc));
@@ -110,21 +105,6 @@ fn recognise(path: &Path, arrays: &SafeTensors<'_>) -> Result<(Detector, usize),
     }
     let known = available().join(", ");
     Err(fault(path, format!("it fits none of the networks of this program ({known})")))
-}
-
-/// The numbers of an array, whatever its float type.
-fn numbers(array: &TensorView<'_>) -> Option<Vec<f32>> {
-    let bytes = array.data();
-    Some(match array.dtype() {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::F16 => {
-            bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-        }
-        Dtype::BF16 => {
-            bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
-        }
-        _ => return None,
-    })
 }
 
 /// Class names as a JSON list, or as an object from number to name.
@@ -180,14 +160,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("w.safetensors");
         let refused = || TrainedModel::read(&path).expect_err("refused").chain();
-        assert!(refused().contains("cannot read"));
+        assert!(refused().contains("cannot be accessed"));
         for bytes in [&b""[..], b"PK\x03\x04 a zip", &[0xff; 64], &[8, 0, 0, 0, 0, 0, 0, 0, b'{']] {
             std::fs::write(&path, bytes).expect("written");
-            assert!(refused().contains("no safetensors file"), "{bytes:?}");
+            assert!(refused().contains("not a valid safetensors file"), "{bytes:?}");
         }
         let (_folder, whole, _) = written(1, "[]");
         let bytes = std::fs::read(&whole).expect("read");
         std::fs::write(&path, &bytes[..bytes.len() / 2]).expect("written");
-        assert!(refused().contains("no safetensors file"));
+        assert!(refused().contains("not a valid safetensors file"));
     }
 }

@@ -29,12 +29,31 @@ pub fn check_detections(golden: &Golden, name: &str, found: &[Vec<Detection>]) {
     assert_exact(&format!("{name}/n"), &counts, &golden.i64(&count_array(golden, name)));
     let rows =
         golden.f32(&format!("{name}{}", if golden.has(&format!("{name}.det")) { ".det" } else { "/det" }));
-    let rows = rows.as_chunks::<6>().0;
-    let flat: Vec<&Detection> = found.iter().flatten().collect();
+    let mut rows = rows.as_chunks::<6>().0.to_vec();
+    let mut flat: Vec<[f32; 6]> = found
+        .iter()
+        .flatten()
+        .map(|d| [d.xyxy[0], d.xyxy[1], d.xyxy[2], d.xyxy[3], d.score, d.class as f32])
+        .collect();
     assert_eq!(flat.len(), rows.len(), "{name}: number of rows");
-    for (i, (d, row)) in flat.iter().zip(rows).enumerate() {
-        assert_eq!((d.score, d.class as f32), (row[4], row[5]), "{name}: score and class of row {i}");
-        assert_close(&format!("{name} row {i}"), &d.xyxy, &row[..4], NMS_BOXES_PX);
+    // The reference sorts without keeping the order of equal scores: bring both into one order there.
+    let mut first = 0;
+    for count in counts {
+        let image = first..first + count as usize;
+        first = image.end;
+        sort_ties(&mut flat[image.clone()]);
+        sort_ties(&mut rows[image]);
+    }
+    for (i, (got, row)) in flat.iter().zip(&rows).enumerate() {
+        assert_eq!(got[4..], row[4..], "{name}: score and class of row {i}");
+        assert_close(&format!("{name} row {i}"), &got[..4], &row[..4], NMS_BOXES_PX);
+    }
+}
+
+/// Orders rows of equal score by class and place; the scores themselves must already fall.
+fn sort_ties(rows: &mut [[f32; 6]]) {
+    for run in rows.chunk_by_mut(|a, b| a[4] == b[4]) {
+        run.sort_by(|a, b| a[5].total_cmp(&b[5]).then(a[0].total_cmp(&b[0])).then(a[1].total_cmp(&b[1])));
     }
 }
 

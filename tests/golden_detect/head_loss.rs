@@ -172,8 +172,18 @@ fn golden_head_loss_items_and_assignment() {
 struct Naive<'a> {
     head: &'a Head,
     config: LossConfig,
-    /// (image, level, cell, target xyxy in grid units, class, score, alpha)
-    positives: Vec<(usize, usize, usize, [f64; 4], usize, f64, f64)>,
+    positives: Vec<NaivePositive>,
+}
+
+struct NaivePositive {
+    image: usize,
+    level: usize,
+    cell: usize,
+    /// Corners in grid units.
+    target: [f64; 4],
+    class: usize,
+    score: f64,
+    alpha: f64,
 }
 
 /// IoU, distance term and aspect term `v`.
@@ -204,12 +214,12 @@ impl Naive<'_> {
     }
 
     fn norm(&self) -> f64 {
-        self.positives.iter().map(|p| p.5).sum::<f64>().max(1.0)
+        self.positives.iter().map(|p| p.score).sum::<f64>().max(1.0)
     }
 
     /// Box and third term of one positive, gains included, for the given box logits.
     fn box_terms(&self, index: usize, logits: &[f64]) -> f64 {
-        let (_, level, cell, target, _, score, alpha) = self.positives[index];
+        let NaivePositive { level, cell, target, score, alpha, .. } = self.positives[index];
         let w = self.head.grids[level].2;
         let point = [(cell % w) as f64 + 0.5, (cell / w) as f64 + 0.5];
         let (iou, distance, v) = ciou_parts(self.predicted(logits, point), target);
@@ -244,7 +254,16 @@ fn naive<'a>(head: &'a Head, config: LossConfig, loss: &DetectionLoss) -> Naive<
             let point = [(cell % w) as f64 + 0.5, (cell / w) as f64 + 0.5];
             let (iou, _, v) = ciou_parts(out.predicted(&logits, point), target);
             let alpha = v / (v - iou + 1.0 + 1e-7);
-            out.positives.push((image, level, cell, target, row.class as usize, p.score as f64, alpha));
+            let class = row.class as usize;
+            out.positives.push(NaivePositive {
+                image,
+                level,
+                cell,
+                target,
+                class,
+                score: p.score as f64,
+                alpha,
+            });
         }
     }
     out
@@ -274,9 +293,9 @@ fn golden_head_loss_gradient_equals_finite_differences() {
         let width = 4 * head.reg_max;
         let mut expected: Vec<Vec<f64>> = head.boxes.iter().map(|b| vec![0.0; b.len()]).collect();
         for (index, p) in reference.positives.iter().enumerate() {
-            let (_, h, w) = head.grids[p.1];
-            let at = (p.0 * h * w + p.2) * width;
-            let logits = reference.box_logits(p.0, p.1, p.2);
+            let (_, h, w) = head.grids[p.level];
+            let at = (p.image * h * w + p.cell) * width;
+            let logits = reference.box_logits(p.image, p.level, p.cell);
             for k in 0..width {
                 let step = 1e-5;
                 let moved = |by: f64| {
@@ -284,13 +303,13 @@ fn golden_head_loss_gradient_equals_finite_differences() {
                     logits[k] += by;
                     reference.box_terms(index, &logits)
                 };
-                expected[p.1][at + k] = scale as f64 * (moved(step) - moved(-step)) / (2.0 * step);
+                expected[p.level][at + k] = scale as f64 * (moved(step) - moved(-step)) / (2.0 * step);
             }
         }
         let mut targets_of: Vec<Vec<f64>> = head.scores.iter().map(|s| vec![0.0; s.len()]).collect();
         for p in &reference.positives {
-            let (_, h, w) = head.grids[p.1];
-            targets_of[p.1][(p.0 * h * w + p.2) * head.nc + p.4] = p.5;
+            let (_, h, w) = head.grids[p.level];
+            targets_of[p.level][(p.image * h * w + p.cell) * head.nc + p.class] = p.score;
         }
         for level in 0..head.grids.len() {
             let scale_of = expected[level].iter().fold(1e-9f64, |m, v| m.max(v.abs()));

@@ -74,7 +74,7 @@ mod tests {
                 found.iter().map(|&(xyxy, class)| Detection { xyxy, class, score: 0.5 }).collect();
             let targets: Vec<_> = wanted.iter().map(|&(xyxy, class)| LabelledBox { xyxy, class }).collect();
             let bits = match_detections(&detections, &targets);
-            for t in 0..THRESHOLD_COUNT {
+            for (t, threshold) in IOU_THRESHOLDS.into_iter().enumerate() {
                 for class in 0..2 {
                     let positives =
                         (0..bits.len()).filter(|&i| bits[i] >> t & 1 == 1 && detections[i].class == class).count();
@@ -83,7 +83,7 @@ mod tests {
                 // A detection counts only if some target of its class is close enough.
                 for (i, d) in detections.iter().enumerate().filter(|(i, _)| bits[*i] >> t & 1 == 1) {
                     let close = targets.iter().any(|target| {
-                        target.class == d.class && box_iou(target.xyxy, d.xyxy) >= IOU_THRESHOLDS[t]
+                        target.class == d.class && box_iou(target.xyxy, d.xyxy) >= threshold
                     });
                     prop_assert!(close, "{i}");
                 }

@@ -17,10 +17,13 @@ use super::{Dtype, Tensor, TensorMap, WeightsError};
 
 /// Deepest nesting of modules and of plain values.
 const DEPTH_MAX: usize = 48;
-/// Most modules, and most plain values in the model table or the arguments.
-const VISITS_MAX: usize = 200_000;
+/// Most steps while walking modules and plain values: one per entry looked at and per character copied. Objects may be
+/// shared, so without it a small file could unfold into an endless tree.
+const WORK_MAX: usize = 50_000_000;
 /// Most dimensions of a tensor.
 const RANK_MAX: usize = 12;
+/// Longest class name, bytes.
+const CLASS_NAME_MAX: usize = 1024;
 /// Longest object stream, bytes.
 const STREAM_MAX: u64 = 64 << 20;
 /// Bytes of tensors handed out per byte of file: halves become singles, and storages may be shared.
@@ -82,7 +85,7 @@ pub fn read<R: Read + Seek>(reader: R, length: u64) -> Result<Checkpoint, Weight
         storages: HashMap::new(),
         storage_budget: length,
         output_budget: length.saturating_mul(EXPANSION_MAX),
-        visits: 0,
+        work: 0,
     };
     reader.checkpoint()
 }
@@ -117,7 +120,7 @@ struct Reader<'a, R: Read + Seek> {
     storages: HashMap<String, Rc<Vec<u8>>>,
     storage_budget: u64,
     output_budget: u64,
-    visits: usize,
+    work: usize,
 }
 
 impl<R: Read + Seek> Reader<'_, R> {
@@ -178,12 +181,12 @@ impl<R: Read + Seek> Reader<'_, R> {
         path: &mut HashSet<Id>,
         found: &mut Vec<(String, Id)>,
     ) -> Result<(), WeightsError> {
-        self.visits += 1;
-        if depth > DEPTH_MAX || self.visits > VISITS_MAX || !path.insert(module) {
-            return Err(WeightsError::Model { reason: format!("modules nest without end at {prefix:?}") });
+        if depth > DEPTH_MAX || !path.insert(module) {
+            return Err(WeightsError::Model { reason: "modules nest without end".to_string() });
         }
         let pickle = self.pickle;
         if let Some(state) = self.state(module) {
+            self.spend(16 + pickle.pairs(state).map_or(0, <[_]>::len))?;
             let transient: Vec<&str> = pickle
                 .lookup(state, "_non_persistent_buffers_set")
                 .and_then(|id| self.members(id))
@@ -193,6 +196,7 @@ impl<R: Read + Seek> Reader<'_, R> {
                 let pairs = pickle.lookup(state, table).and_then(|id| pickle.pairs(id)).unwrap_or(&[]);
                 for (key, value) in pairs {
                     let Some(name) = pickle.text(*key) else { continue };
+                    self.spend(1 + prefix.len() + name.len() + skip.len())?;
                     if self.is_tensor(*value) && !skip.contains(&name) {
                         found.push((format!("{prefix}{name}"), *value));
                     }
@@ -203,11 +207,23 @@ impl<R: Read + Seek> Reader<'_, R> {
                 if let Some(name) = pickle.text(*key)
                     && !matches!(pickle.node(*value), Node::None)
                 {
+                    self.spend(1 + prefix.len() + name.len())?;
                     self.walk(*value, &format!("{prefix}{name}."), depth + 1, path, found)?;
                 }
             }
         }
         path.remove(&module);
+        Ok(())
+    }
+
+    fn spend(&mut self, steps: usize) -> Result<(), WeightsError> {
+        self.work += steps;
+        if self.work > WORK_MAX {
+            return Err(WeightsError::Limit {
+                what: "work on the checkpoint's objects".to_string(),
+                limit: WORK_MAX,
+            });
+        }
         Ok(())
     }
 
@@ -227,7 +243,8 @@ impl<R: Read + Seek> Reader<'_, R> {
         let pickle = self.pickle;
         if let Some(names) = pickle.lookup(state, "names") {
             let mut list: Vec<(i64, String)> = Vec::new();
-            let text = |id: &Id| pickle.text(*id).map(str::to_string);
+            let text =
+                |id: &Id| pickle.text(*id).filter(|text| text.len() <= CLASS_NAME_MAX).map(str::to_string);
             if let Some(pairs) = pickle.pairs(names) {
                 list.extend(pairs.iter().filter_map(|(k, v)| Some((pickle.integer(*k)?, text(v)?))));
                 list.sort();
@@ -253,8 +270,8 @@ impl<R: Read + Seek> Reader<'_, R> {
 
     /// A plain value as JSON; objects that are not plain become null, a namespace becomes its attributes.
     fn plain(&mut self, id: Id, depth: usize) -> Result<Value, WeightsError> {
-        self.visits += 1;
-        if depth > DEPTH_MAX || self.visits > VISITS_MAX {
+        self.spend(1)?;
+        if depth > DEPTH_MAX {
             return Err(WeightsError::Model { reason: "a plain value nests without end".to_string() });
         }
         let pickle = self.pickle;
@@ -264,6 +281,7 @@ impl<R: Read + Seek> Reader<'_, R> {
         }) {
             let mut map = serde_json::Map::new();
             for (key, value) in pairs {
+                self.spend(1 + pickle.text(*key).map_or(0, str::len))?;
                 let key = match pickle.node(*key) {
                     Node::Str(text) => text.to_string(),
                     Node::Int(number) => number.to_string(),
@@ -278,7 +296,10 @@ impl<R: Read + Seek> Reader<'_, R> {
             Node::Bool(value) => Value::Bool(*value),
             Node::Int(value) => (*value).into(),
             Node::Float(value) => serde_json::Number::from_f64(*value).map_or(Value::Null, Value::Number),
-            Node::Str(text) => Value::String(text.to_string()),
+            Node::Str(text) => {
+                self.spend(text.len())?;
+                Value::String(text.to_string())
+            }
             Node::Dict(_) => Value::Object(serde_json::Map::new()),
             Node::Tuple(items) | Node::List(items) => {
                 Value::Array(items.iter().map(|item| self.plain(*item, depth + 1)).collect::<Result<_, _>>()?)

@@ -1,0 +1,508 @@
+//! `boxwright predict`: objects in images, as JSON and as drawn images.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use image::RgbImage;
+use serde::Serialize;
+
+use super::CliError;
+use crate::data::draw::{BoxStyle, DrawBox, draw_boxes};
+use crate::data::{DataError, Image, decode, list};
+use crate::detect::nms::{Detection, NmsArgs};
+use crate::train::error::{FailureClass, TrainError};
+use crate::train::files;
+use crate::train::predictor::Predictor;
+use crate::train::run_folder::RunFolder;
+use crate::train::trained_model::TrainedModel;
+
+/// Image size when neither the command nor the weights file says one, pixels.
+const IMGSZ_DEFAULT: usize = 640;
+/// Quality of drawn JPEG images, 1..=100.
+const JPEG_QUALITY: u8 = 92;
+/// Images decoded ahead of the network.
+const DECODED_MAX: usize = 2;
+
+/// Finds objects in images: JSON and drawn images
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Trained weights (.safetensors)
+    weights: PathBuf,
+    /// Images, or folders of images (read with their sub-folders)
+    #[arg(required = true, value_name = "SOURCE")]
+    sources: Vec<PathBuf>,
+    /// Longer side of the network's input in pixels, rounded up to a multiple of 32 [default: as trained]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    imgsz: Option<u32>,
+    /// Least score of an object, 0..1
+    #[arg(long, default_value_t = 0.25, value_parser = share)]
+    conf: f32,
+    /// Boxes of one class that overlap by more than this are one object, 0..1
+    #[arg(long, default_value_t = 0.7, value_parser = share)]
+    iou: f32,
+    /// Most objects per image
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=30_000))]
+    max_det: u32,
+    /// Only these classes, by number, separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "N,N")]
+    classes: Option<Vec<usize>>,
+    /// Let boxes of different classes suppress each other
+    #[arg(long)]
+    agnostic_nms: bool,
+    /// Folder of the results [default: a new runs/detect/predict]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print one JSON object per image instead of words
+    #[arg(long)]
+    json: bool,
+    /// Also write labels/<name>.txt: class cx cy w h per object, as fractions of the image
+    #[arg(long)]
+    save_txt: bool,
+    /// Write no drawn images
+    #[arg(long)]
+    no_draw: bool,
+    /// Threads that compute [default: all cores]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
+        _ => Err("allowed: 0 to 1".into()),
+    }
+}
+
+/// Why nothing could be predicted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PredictError {
+    /// The network cannot be used.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// A source cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A source is not there.
+    #[error("source {} does not exist", path.display())]
+    NoSource {
+        /// What was asked for.
+        path: PathBuf,
+    },
+    /// No image in any source.
+    #[error("no image in {sources}")]
+    NoImage {
+        /// What was searched.
+        sources: String,
+    },
+    /// A class number that the network does not have.
+    #[error("class {class} does not exist; the network has 0 to {last}")]
+    NoClass {
+        /// What was asked for.
+        class: usize,
+        /// The last class.
+        last: usize,
+    },
+    /// A result cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file; `-` is the standard output.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A drawn image cannot be encoded.
+    #[error("cannot encode {}", path.display())]
+    Encode {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: image::ImageError,
+    },
+}
+
+impl From<PredictError> for CliError {
+    fn from(error: PredictError) -> CliError {
+        let usage = match &error {
+            PredictError::NoSource { .. } | PredictError::NoImage { .. } | PredictError::NoClass { .. } => {
+                true
+            }
+            PredictError::Train(error) => error.class() == FailureClass::Config,
+            _ => false,
+        };
+        let what = "prediction cannot be done";
+        if usage { CliError::usage_from(what, error) } else { CliError::failed_from(what, error) }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// See [`PredictError`].
+pub fn run(args: Args) -> Result<ExitCode, CliError> {
+    Ok(execute(&args, &mut std::io::stdout().lock())?)
+}
+
+/// One object as it is written.
+#[derive(Clone, Debug, Serialize)]
+struct FoundObject<'a> {
+    class: u32,
+    name: &'a str,
+    score: f32,
+    /// Pixels of the original image.
+    xyxy: [f32; 4],
+}
+
+/// One image as it is written.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+enum FoundImage<'a> {
+    Read { path: &'a Path, width: usize, height: usize, detections: Vec<FoundObject<'a>> },
+    Unreadable { path: &'a Path, error: String },
+}
+
+/// Runs the command; results go to `out` line by line.
+///
+/// An image that cannot be read is named on standard error and in the results, the others are still done, and the
+/// exit code is 1.
+///
+/// # Errors
+/// [`PredictError`] when there is nothing to do or a result cannot be written.
+pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictError> {
+    let model = TrainedModel::read(&args.weights)?;
+    let names = model.names.clone();
+    if let Some(&class) = args.classes.iter().flatten().find(|c| **c >= names.len()) {
+        return Err(PredictError::NoClass { class, last: names.len() - 1 });
+    }
+    let images = images_of(&args.sources)?;
+    let imgsz = args.imgsz.map(|side| side as usize).or(model.imgsz).unwrap_or(IMGSZ_DEFAULT);
+    let nms = NmsArgs {
+        conf: args.conf,
+        iou: f64::from(args.iou),
+        max_det: args.max_det as usize,
+        agnostic: args.agnostic_nms,
+        classes: args.classes.clone(),
+        ..NmsArgs::prediction()
+    };
+    let mut predictor = Predictor::new(model, imgsz, nms, args.threads)?;
+    let folder = match &args.out {
+        Some(folder) => folder.clone(),
+        None => RunFolder::claim(None, Some("predict"), false)?,
+    };
+    files::create_folder(&folder)?;
+    let mut writer = ResultWriter::new(args, &folder, &names, out)?;
+    let (sender, receiver) = mpsc::sync_channel(DECODED_MAX);
+    std::thread::scope(|scope| {
+        let images = &images;
+        scope.spawn(move || {
+            for path in images {
+                // The receiver is gone after an error there: nothing is left to decode for.
+                if sender.send((path.as_path(), decode::decode_file(path))).is_err() {
+                    break;
+                }
+            }
+        });
+        for (path, decoded) in receiver {
+            let begin = Instant::now();
+            match decoded {
+                Ok(image) => {
+                    let found = predictor.predict(&image)?;
+                    writer.image(path, &image, &found, begin)?;
+                }
+                Err(error) => writer.unreadable(path, &error)?,
+            }
+        }
+        Ok::<(), PredictError>(())
+    })?;
+    writer.finish()
+}
+
+/// All images of the sources, each source's sorted by path, none twice.
+fn images_of(sources: &[PathBuf]) -> Result<Vec<PathBuf>, PredictError> {
+    let mut images = Vec::new();
+    let mut seen = HashSet::new();
+    for source in sources {
+        if !source.exists() {
+            return Err(PredictError::NoSource { path: source.clone() });
+        }
+        let beside = |line: &str, list: &Path| list.parent().unwrap_or(Path::new("")).join(line);
+        let found = list::images_of(std::slice::from_ref(source), &beside)?;
+        images.extend(found.into_iter().filter(|path| seen.insert(path.clone())));
+    }
+    if images.is_empty() {
+        let sources: Vec<String> = sources.iter().map(|s| s.display().to_string()).collect();
+        return Err(PredictError::NoImage { sources: sources.join(", ") });
+    }
+    Ok(images)
+}
+
+/// Where results go, and what was counted.
+struct ResultWriter<'a> {
+    args: &'a Args,
+    folder: &'a Path,
+    names: &'a [String],
+    out: &'a mut dyn Write,
+    lines: Vec<String>,
+    taken: HashSet<String>,
+    objects: usize,
+    unreadable: usize,
+}
+
+impl<'a> ResultWriter<'a> {
+    fn new(
+        args: &'a Args,
+        folder: &'a Path,
+        names: &'a [String],
+        out: &'a mut dyn Write,
+    ) -> Result<ResultWriter<'a>, PredictError> {
+        if args.save_txt {
+            files::create_folder(&folder.join("labels"))?;
+        }
+        let (lines, taken) = (Vec::new(), HashSet::new());
+        Ok(ResultWriter { args, folder, names, out, lines, taken, objects: 0, unreadable: 0 })
+    }
+
+    fn image(
+        &mut self,
+        path: &Path,
+        image: &Image,
+        found: &[Detection],
+        begin: Instant,
+    ) -> Result<(), PredictError> {
+        let (width, height) = (image.width, image.height);
+        let time_ms = begin.elapsed().as_secs_f64() * 1000.0;
+        self.objects += found.len();
+        let stem = self.free_stem(path);
+        if !self.args.no_draw {
+            self.draw(path, &stem, image, found)?;
+        }
+        if self.args.save_txt {
+            self.labels(&stem, (width, height), found)?;
+        }
+        let line =
+            format!("{}: {width}x{height}, {}, {time_ms:.0} ms", path.display(), summary(found, self.names));
+        let detections = found
+            .iter()
+            .map(|d| FoundObject {
+                class: d.class,
+                name: &self.names[d.class as usize],
+                score: d.score,
+                xyxy: d.xyxy,
+            })
+            .collect();
+        self.line(&FoundImage::Read { path, width, height, detections }, &line)
+    }
+
+    fn unreadable(&mut self, path: &Path, error: &DataError) -> Result<(), PredictError> {
+        self.unreadable += 1;
+        eprintln!("warning: {error}");
+        let line = format!("{}: not read", path.display());
+        self.line(&FoundImage::Unreadable { path, error: error.to_string() }, &line)
+    }
+
+    fn line(&mut self, found: &FoundImage<'_>, words: &str) -> Result<(), PredictError> {
+        let json = serde_json::to_string(found)
+            .map_err(|e| TrainError::Internal { message: format!("results as JSON: {e}") })?;
+        self.print(if self.args.json { &json } else { words })?;
+        self.lines.push(json);
+        Ok(())
+    }
+
+    fn print(&mut self, line: &str) -> Result<(), PredictError> {
+        writeln!(self.out, "{line}").map_err(|source| PredictError::Write { path: "-".into(), source })
+    }
+
+    /// File stem of the results of an image: its own, or with a number where another image of that name was
+    /// before it.
+    fn free_stem(&mut self, path: &Path) -> String {
+        let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut name = stem.clone();
+        let mut number = 2;
+        while !self.taken.insert(name.to_lowercase()) {
+            name = format!("{stem}-{number}");
+            number += 1;
+        }
+        name
+    }
+
+    fn draw(&self, path: &Path, stem: &str, image: &Image, found: &[Detection]) -> Result<(), PredictError> {
+        let (width, height) = (image.width as u32, image.height as u32);
+        let mut picture = RgbImage::from_raw(width, height, image.pixels.clone())
+            .expect("an image holds three bytes for each of its pixels");
+        let boxes: Vec<DrawBox> = found
+            .iter()
+            .map(|d| DrawBox { xyxy: d.xyxy, class: d.class as usize, score: Some(d.score) })
+            .collect();
+        draw_boxes(&mut picture, &boxes, self.names, &BoxStyle::for_size(width, height));
+        let suffix = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
+        let jpeg = suffix == "jpg" || suffix == "jpeg";
+        let target = self.folder.join(format!("{stem}.{}", if jpeg { "jpg" } else { "png" }));
+        let mut bytes = Vec::new();
+        let encoded = if jpeg {
+            picture.write_with_encoder(image::codecs::jpeg::JpegEncoder::new_with_quality(
+                &mut bytes,
+                JPEG_QUALITY,
+            ))
+        } else {
+            picture.write_to(&mut std::io::Cursor::new(&mut bytes), image::ImageFormat::Png)
+        };
+        encoded.map_err(|source| PredictError::Encode { path: target.clone(), source })?;
+        self.write(&target, &bytes)
+    }
+
+    fn labels(
+        &self,
+        stem: &str,
+        (width, height): (usize, usize),
+        found: &[Detection],
+    ) -> Result<(), PredictError> {
+        let (width, height) = (width as f32, height as f32);
+        let mut text = String::new();
+        for d in found {
+            let [x0, y0, x1, y1] = d.xyxy;
+            let (cx, cy) = ((x0 + x1) / 2.0 / width, (y0 + y1) / 2.0 / height);
+            let (w, h) = ((x1 - x0) / width, (y1 - y0) / height);
+            text.push_str(&format!("{} {cx:.6} {cy:.6} {w:.6} {h:.6}\n", d.class));
+        }
+        self.write(&self.folder.join("labels").join(format!("{stem}.txt")), text.as_bytes())
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), PredictError> {
+        std::fs::write(path, bytes).map_err(|source| PredictError::Write { path: path.to_owned(), source })
+    }
+
+    /// Writes `predictions.json`, says what was done, and gives the exit code.
+    fn finish(mut self) -> Result<ExitCode, PredictError> {
+        let path = self.folder.join("predictions.json");
+        let text = format!("[\n{}\n]\n", self.lines.join(",\n"));
+        files::write_atomically(&path, |file| file.write_all(text.as_bytes()))?;
+        if !self.args.json {
+            let missing = match self.unreadable {
+                0 => String::new(),
+                count => format!(", {count} not read"),
+            };
+            let line = format!(
+                "{} images{missing}, {} objects; results in {}",
+                self.lines.len(),
+                self.objects,
+                self.folder.display()
+            );
+            self.print(&line)?;
+        }
+        Ok(if self.unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// `3 circle, 1 square`, by class number; `no objects`.
+fn summary(found: &[Detection], names: &[String]) -> String {
+    let mut counts = BTreeMap::new();
+    for d in found {
+        *counts.entry(d.class as usize).or_insert(0usize) += 1;
+    }
+    if counts.is_empty() {
+        return "no objects".into();
+    }
+    let parts: Vec<String> =
+        counts.iter().map(|(class, count)| format!("{count} {}", names[*class])).collect();
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::detect::models::Detector;
+    use crate::engine::params::ParamSet;
+    use crate::train::weights_file::{Metadata, write};
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parsed(line: &[&str]) -> Result<Args, clap::Error> {
+        Line::try_parse_from([&["predict"], line].concat()).map(|l| l.args)
+    }
+
+    /// A network whose every cell says class 1 with probability 1/2.
+    fn weights(folder: &Path) -> PathBuf {
+        let detector = Detector::build("yolov8n", 2, 64, 64).expect("a shipped model");
+        let mut params = ParamSet::new(&detector.graph);
+        for level in 0..3 {
+            let index = params.index(&format!("model.22.cv3.{level}.2.bias")).expect("a class bias");
+            params.numbers_mut(index).copy_from_slice(&[-20.0, 0.0]);
+        }
+        let path = folder.join("w.safetensors");
+        let names = r#"["one","two"]"#.to_owned();
+        let metadata = Metadata::from([("names".into(), names), ("imgsz".into(), "64".into())]);
+        write(&path, &detector, &params, &params.values, &params.buffers, &metadata).expect("written");
+        path
+    }
+
+    #[test]
+    fn images_of_a_folder_become_json_drawn_images_and_labels() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let images = folder.path().join("in/deeper");
+        std::fs::create_dir_all(&images).expect("created");
+        RgbImage::new(120, 60).save(images.join("a.png")).expect("saved");
+        RgbImage::new(50, 90).save(folder.path().join("in/a.jpg")).expect("saved");
+        std::fs::write(folder.path().join("in/broken.png"), b"no image").expect("written");
+        let weights = weights(folder.path());
+        let out = folder.path().join("out");
+        let text = |p: &Path| p.to_string_lossy().into_owned();
+        let line =
+            [&text(&weights), &text(&folder.path().join("in")), "--out", &text(&out), "--json", "--save-txt"];
+        let args = parsed(&line).expect("valid");
+        let mut printed = Vec::new();
+        let code = execute(&args, &mut printed).expect("predicted");
+        assert_eq!(code, ExitCode::FAILURE, "one image is broken");
+        let printed = String::from_utf8(printed).expect("text");
+        let rows: Vec<serde_json::Value> =
+            printed.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+        assert_eq!(rows.len(), 3);
+        assert_eq!((&rows[0]["width"], &rows[0]["height"]), (&50.into(), &90.into()));
+        assert!(rows[1]["error"].as_str().is_some_and(|e| e.contains("broken.png")));
+        let first = &rows[0]["detections"][0];
+        assert_eq!(
+            (&first["class"], &first["name"], &first["score"]),
+            (&1.into(), &"two".into(), &0.5.into())
+        );
+        let corner = first["xyxy"][2].as_f64().expect("a number");
+        assert!((0.0..=50.0).contains(&corner));
+        // Two images of one name: both are drawn.
+        assert!(out.join("a.jpg").is_file() && out.join("a-2.png").is_file());
+        assert_eq!(image::open(out.join("a-2.png")).expect("an image").width(), 120);
+        let labels = std::fs::read_to_string(out.join("labels/a.txt")).expect("labels");
+        assert!(labels.lines().all(|l| l.starts_with("1 ") && l.split(' ').count() == 5));
+        let all: Vec<serde_json::Value> =
+            serde_json::from_slice(&std::fs::read(out.join("predictions.json")).expect("read"))
+                .expect("JSON");
+        assert_eq!(all, rows);
+    }
+
+    #[test]
+    fn wrong_requests_end_with_code_two_and_a_reason() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let weights = weights(folder.path()).to_string_lossy().into_owned();
+        let here = folder.path().to_string_lossy().into_owned();
+        for (line, reason) in [
+            (vec![weights.as_str(), "nowhere"], "source nowhere does not exist"),
+            (vec![weights.as_str(), here.as_str()], "no image in"),
+            (vec![weights.as_str(), here.as_str(), "--classes", "0,2"], "class 2 does not exist"),
+        ] {
+            let error = execute(&parsed(&line).expect("valid"), &mut Vec::new()).expect_err("refused");
+            assert!(error.to_string().contains(reason), "{error}");
+            assert_eq!(CliError::from(error).exit_code(), 2);
+        }
+        for bad in [["--conf", "1.5"], ["--iou", "nan"], ["--max-det", "0"], ["--imgsz", "9000"]] {
+            assert!(parsed(&[weights.as_str(), "x", bad[0], bad[1]]).is_err(), "{bad:?}");
+        }
+    }
+}

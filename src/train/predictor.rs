@@ -1,0 +1,119 @@
+//! Prediction: a trained network on single images.
+
+use std::collections::VecDeque;
+
+use super::error::TrainError;
+use super::trained_model::TrainedModel;
+use crate::data::Image;
+use crate::data::augment::letterbox::{Fit, Letterbox, unletterbox};
+use crate::detect::decode::{HeadLevel, detect};
+use crate::detect::models::Detector;
+use crate::detect::nms::{Detection, NmsArgs};
+use crate::engine::device::cpu::Executor;
+use crate::engine::plan::{Mode, Plan};
+
+/// Input shapes whose plans are kept; a folder of photographs has two.
+const PLANS_MAX: usize = 8;
+/// The input divides by this.
+const STRIDE_MAX: usize = 32;
+/// Largest input side, pixels.
+pub const IMGSZ_MAX: usize = 8192;
+
+/// A network ready to predict, one image at a time.
+pub struct Predictor {
+    model: TrainedModel,
+    imgsz: usize,
+    nms: NmsArgs,
+    executor: Executor,
+    /// Most recently used last.
+    plans: VecDeque<Shaped>,
+}
+
+struct Shaped {
+    hw: (usize, usize),
+    detector: Detector,
+    plan: Plan,
+}
+
+impl Predictor {
+    /// Prepares `model` to look at images scaled so that the longer side is `imgsz` pixels (rounded up to a
+    /// multiple of 32), on `threads` threads (0: all cores).
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] for a size out of range, [`TrainError::Engine`] when threads are refused.
+    pub fn new(
+        model: TrainedModel,
+        imgsz: usize,
+        nms: NmsArgs,
+        threads: usize,
+    ) -> Result<Predictor, TrainError> {
+        if !(1..=IMGSZ_MAX).contains(&imgsz) {
+            let message = format!("got {imgsz}, allowed: 1 to {IMGSZ_MAX} pixels");
+            return Err(TrainError::Config { key: "imgsz".into(), message });
+        }
+        let executor =
+            Executor::new(&[], threads).map_err(|source| TrainError::Engine { action: "start", source })?;
+        let imgsz = imgsz.next_multiple_of(STRIDE_MAX);
+        Ok(Predictor { model, imgsz, nms, executor, plans: VecDeque::new() })
+    }
+
+    /// The network in use.
+    pub fn model(&self) -> &TrainedModel {
+        &self.model
+    }
+
+    /// Objects in an image, best first; boxes in pixels of the image itself.
+    ///
+    /// The image is letterboxed with the least padding that makes both sides multiples of 32.
+    ///
+    /// # Errors
+    /// [`TrainError::Engine`] when memory is refused.
+    pub fn predict(&mut self, image: &Image) -> Result<Vec<Detection>, TrainError> {
+        let original_hw = (image.height, image.width);
+        let fit = Fit::PadToStride(STRIDE_MAX);
+        let letterbox = Letterbox::new(original_hw, (self.imgsz, self.imgsz), fit, true);
+        let input_hw = letterbox.out_hw;
+        let shaped = self.shaped(input_hw)?;
+        letterbox.draw(image, self.executor.input_mut(&shaped.plan));
+        self.executor.forward(&shaped.detector.graph, &shaped.plan, &mut self.model.params);
+        let levels: Vec<HeadLevel<'_>> = shaped
+            .detector
+            .strides
+            .iter()
+            .enumerate()
+            .map(|(level, &stride)| {
+                let [_, h, w, _] = shaped.plan.output_shape(2 * level);
+                HeadLevel {
+                    stride,
+                    h,
+                    w,
+                    boxes: self.executor.output(&shaped.plan, 2 * level),
+                    scores: self.executor.output(&shaped.plan, 2 * level + 1),
+                }
+            })
+            .collect();
+        let found = detect(&levels, shaped.detector.nc, shaped.detector.reg_max, 1, &self.nms);
+        self.plans.push_back(shaped);
+        let found = found.into_iter().flatten();
+        Ok(found.map(|d| Detection { xyxy: unletterbox(d.xyxy, input_hw, original_hw), ..d }).collect())
+    }
+
+    /// Takes the plan for an input shape out of the kept ones, or makes it.
+    fn shaped(&mut self, hw: (usize, usize)) -> Result<Shaped, TrainError> {
+        if let Some(index) = self.plans.iter().position(|s| s.hw == hw)
+            && let Some(shaped) = self.plans.remove(index)
+        {
+            return Ok(shaped);
+        }
+        if self.plans.len() >= PLANS_MAX {
+            self.plans.pop_front();
+        }
+        let detector = Detector::build(&self.model.model, self.model.nc(), hw.0, hw.1)
+            .map_err(|e| TrainError::Internal { message: e.to_string() })?;
+        let plan = Plan::new(&detector.graph, 1, Mode::Eval);
+        self.executor
+            .reserve(&plan)
+            .map_err(|source| TrainError::Engine { action: "take memory", source })?;
+        Ok(Shaped { hw, detector, plan })
+    }
+}
