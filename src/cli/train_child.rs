@@ -55,7 +55,11 @@ impl Observer for Pipe {
         if orders.stop.load(Ordering::SeqCst) || orders.is_orphaned.load(Ordering::SeqCst) {
             return Command::Stop;
         }
-        if orders.checkpoint.swap(false, Ordering::SeqCst) { Command::CheckpointNow } else { Command::Continue }
+        if orders.checkpoint.swap(false, Ordering::SeqCst) {
+            Command::CheckpointNow
+        } else {
+            Command::Continue
+        }
     }
 }
 
@@ -120,7 +124,8 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|t| (*t).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a text".into())
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a text".into())
 }
 
 /// The exit code, and the result unless the run is only interrupted.

@@ -55,7 +55,8 @@ impl RunFolder {
         for entry in fs::read_dir(project).ok()?.flatten() {
             let text = entry.file_name().to_string_lossy().into_owned();
             let Some(rest) = text.strip_prefix(name) else { continue };
-            let number = if rest.is_empty() { Some(1) } else { rest.strip_prefix('-').and_then(|n| n.parse().ok()) };
+            let number =
+                if rest.is_empty() { Some(1) } else { rest.strip_prefix('-').and_then(|n| n.parse().ok()) };
             if let Some(number) = number.filter(|_| entry.path().join("state").is_dir()) {
                 found.push((number, entry.path()));
             }

@@ -40,7 +40,8 @@ pub fn write(
     }
     let (name, shape, numbers) = detector.dfl_constant();
     arrays.push((name, Dtype::F32, shape, bytemuck::cast_slice(&numbers).to_vec()));
-    let tensors = arrays.iter().map(|(name, dtype, shape, bytes)| TensorRef { name, dtype: *dtype, shape, bytes });
+    let tensors =
+        arrays.iter().map(|(name, dtype, shape, bytes)| TensorRef { name, dtype: *dtype, shape, bytes });
     let texts = metadata.iter().map(|(key, value)| (key.as_str(), value.as_str()));
     files::write_atomically(path, |mut out| safetensors::write(&mut out, tensors, texts))
 }

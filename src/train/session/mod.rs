@@ -30,8 +30,8 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use auto_batch::available_bytes;
-pub use network::{Network, RawOutput, Spare};
 pub use initial::{Branch, freeze, head_branch, initialise};
+pub use network::{Network, RawOutput, Spare};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
 pub use validate_file::{ValidateFileArgs, validate_file};

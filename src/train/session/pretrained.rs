@@ -136,9 +136,8 @@ pub(super) fn apply(
         message.push_str(&format!(", {remapped} more for {} classes by name", report.classes.len()));
     }
     if !report.mismatched.is_empty() {
-        let width = class_branch_width(&weights.tensors).map_or(String::new(), |w| {
-            format!("; the class branch of the file is {w} channels wide")
-        });
+        let width = class_branch_width(&weights.tensors)
+            .map_or(String::new(), |w| format!("; the class branch of the file is {w} channels wide"));
         message.push_str(&format!(", {} of another shape left as drawn{width}", report.mismatched.len()));
     }
     reporter.warn(message);

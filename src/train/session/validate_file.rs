@@ -59,7 +59,8 @@ pub fn validate_file(
     let (split, names) = split;
     let stride = 32;
     let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT).next_multiple_of(stride);
-    let mut network = Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), args.threads)?;
+    let mut network =
+        Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), args.threads)?;
     model.load_into(&args.weights, &mut network.params)?;
     let data_error = |e| prepare::data_error(&args.data.to_string_lossy(), e);
     let loader = LoaderArgs {
