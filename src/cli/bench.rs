@@ -20,6 +20,8 @@ pub enum What {
     Step(StepArgs),
     /// Decoding and augmentation of a dataset, no training.
     Loader(super::bench_loader::Args),
+    /// Reaction of the service: dropped file to first step, stop file to cancelled, idle cost.
+    Reaction(super::bench_reaction::Args),
 }
 
 /// Arguments of `bench step`.
@@ -58,8 +60,8 @@ pub struct StepArgs {
 pub fn run(args: Args) -> Result<ExitCode, CliError> {
     match args.what {
         What::Step(args) => step(args),
-        What::Loader(args) => super::bench_loader::run(args)
-            .map_err(|e| CliError::failed_from("the loader could not be timed", e)),
+        What::Reaction(args) => super::bench_reaction::run(args),
+        What::Loader(args) => super::bench_loader::run(args).map_err(CliError::from),
     }
 }
 

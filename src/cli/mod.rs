@@ -2,8 +2,24 @@
 
 mod bench;
 mod bench_loader;
+mod bench_reaction;
+mod common;
+mod console;
+mod dataset;
+mod doctor;
+mod logs;
 mod plan;
 mod predict;
+mod resume;
+mod run;
+mod session_console;
+mod signals;
+mod status;
+mod stop;
+mod submit;
+mod train;
+mod train_child;
+mod val;
 
 use std::process::ExitCode;
 
@@ -73,6 +89,13 @@ impl CliError {
     }
 }
 
+impl From<crate::data::DataError> for CliError {
+    fn from(error: crate::data::DataError) -> CliError {
+        let what = "the dataset cannot be used";
+        if error.is_usage() { CliError::usage_from(what, error) } else { CliError::failed_from(what, error) }
+    }
+}
+
 /// An error and all its causes, one a line.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -96,18 +119,45 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Layers, products and exact bytes of a model, before anything is allocated.
-    Plan(plan::Args),
-    /// Finds objects in images: JSON and drawn images.
+    Run(run::Args),
+    /// Train one job in the foreground
+    Train(train::Args),
+    /// Train one job for the service, speaking its protocol on standard input and output
+    #[command(hide = true)]
+    TrainChild(train_child::Args),
+    /// Measure a trained model on a dataset
+    Val(val::Args),
+    /// Find objects in images with a trained model
     Predict(predict::Args),
-    /// Measures speed on this machine.
+    Submit(submit::Args),
+    Status(status::Args),
+    Logs(logs::Args),
+    Stop(stop::Args),
+    Resume(resume::Args),
+    /// Check, describe, draw and make datasets
+    Dataset(dataset::Args),
+    /// Layers, products and exact bytes of a model, before anything is allocated
+    Plan(plan::Args),
+    Doctor(doctor::Args),
+    /// Measure speed on this machine
     Bench(bench::Args),
 }
 
-fn run(command: Command) -> Result<ExitCode, CliError> {
+fn dispatch(command: Command) -> Result<ExitCode, CliError> {
     match command {
-        Command::Plan(args) => plan::run(args),
+        Command::Run(args) => run::run(args),
+        Command::Train(args) => train::run(args),
+        Command::TrainChild(args) => train_child::run(args),
+        Command::Val(args) => val::run(args),
         Command::Predict(args) => predict::run(args),
+        Command::Submit(args) => submit::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Logs(args) => logs::run(args),
+        Command::Stop(args) => stop::run(args),
+        Command::Resume(args) => resume::run(args),
+        Command::Dataset(args) => dataset::run(args).map_err(CliError::from),
+        Command::Plan(args) => plan::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),
     }
 }
@@ -124,7 +174,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    match run(cli.command) {
+    match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {}", with_causes(&error));

@@ -126,6 +126,20 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// True when the dataset file or an option is at fault rather than the data: the command line answers these with
+    /// the exit code for wrong use.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            DataError::Yaml(_)
+                | DataError::Config(_)
+                | DataError::Missing { .. }
+                | DataError::NoDataset { .. }
+                | DataError::NoSplit { .. }
+                | DataError::Option { .. }
+        )
+    }
+
     /// A reading fault.
     pub(crate) fn read(path: &Path, source: std::io::Error) -> DataError {
         DataError::Read { path: path.to_owned(), source }

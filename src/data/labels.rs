@@ -4,6 +4,7 @@
 //! bounding box is taken. Every line is judged on its own: a small overshoot is clipped, a bad line is dropped, and
 //! both are reported with file, line and reason.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,7 @@ pub fn parse(file: &Path, bytes: &[u8], class_count: usize, single_cls: bool) ->
         return out;
     }
     let (mut boxes, mut polygons) = (0usize, 0usize);
+    let mut seen = HashSet::new();
     for (i, line) in bytes.split(|&b| b == b'\n').enumerate() {
         let line = line.trim_ascii();
         if line.is_empty() {
@@ -73,7 +75,7 @@ pub fn parse(file: &Path, bytes: &[u8], class_count: usize, single_cls: bool) ->
                 } else {
                     boxes += 1
                 }
-                if out.labels.contains(&row.label) {
+                if !seen.insert((row.label.class, row.label.cxcywh.map(f32::to_bits))) {
                     let reason = "the same row stands above";
                     out.findings.push(Finding::new(file, i + 1, FindingKind::DuplicateRemoved, reason));
                     continue;

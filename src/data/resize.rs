@@ -1,7 +1,7 @@
 //! Bilinear resizing.
 
 use super::Image;
-use super::rows::{HORIZONTAL_ONE, ROW_SPARE, Tap, VERTICAL_ONE, blend, sample, split};
+use super::rows::{HORIZONTAL_ONE, ROW_SPARE, Tap, Taps, VERTICAL_ONE, blend, sample, split};
 
 /// Resizes with bilinear interpolation, pixel centres at half-integers, no anti-aliasing:
 /// `source = (destination + 0.5) * source_size / destination_size - 0.5`, clamped to the image.
@@ -28,12 +28,11 @@ pub fn resize_into(
     assert!(source_h * source_w * height * width > 0, "sizes are positive");
     assert_eq!(source.len(), source_h * source_w * 3, "source bytes");
     assert_eq!(out.len(), height * width * 3, "destination bytes");
-    let taps: Vec<Tap> = (0..width)
-        .map(|x| {
-            let (x0, weight) = split(place(x, width, source_w), f64::from(HORIZONTAL_ONE));
-            Tap { offset: 3 * x0 as u32, weight: weight as i16 }
-        })
-        .collect();
+    let mut taps = Taps::default();
+    taps.set((0..width).map(|x| {
+        let (x0, weight) = split(place(x, width, source_w), f64::from(HORIZONTAL_ONE));
+        Tap { offset: 3 * x0 as u32, weight: weight as i16 }
+    }));
     let pitch = source_w * 3;
     // The last pixel is repeated once, so that the right neighbour of the last column exists.
     let mut row = vec![0i16; pitch + 3 + ROW_SPARE];

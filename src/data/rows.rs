@@ -21,6 +21,23 @@ pub(super) struct Tap {
     pub weight: i16,
 }
 
+/// The columns of an output row.
+#[derive(Debug, Default)]
+pub(super) struct Taps {
+    list: Vec<Tap>,
+    /// Largest offset in the list.
+    last: usize,
+}
+
+impl Taps {
+    /// Replaces the columns.
+    pub fn set(&mut self, taps: impl Iterator<Item = Tap>) {
+        self.list.clear();
+        self.list.extend(taps);
+        self.last = self.list.iter().map(|tap| tap.offset as usize).max().unwrap_or(0);
+    }
+}
+
 /// `out[i] = a[i] * (256 - weight) + b[i] * weight - 32768`.
 pub(super) fn blend(a: &[u8], b: &[u8], weight: u16, out: &mut [i16]) {
     #[cfg(target_arch = "x86_64")]
@@ -41,16 +58,16 @@ fn blend_avx2(a: &[u8], b: &[u8], weight: u16, out: &mut [i16]) {
 fn blend_body(a: &[u8], b: &[u8], weight: u16, out: &mut [i16]) {
     let first = VERTICAL_ONE - weight;
     for ((&a, &b), out) in a.iter().zip(b).zip(out) {
-        *out = (u16::from(a) * first + u16::from(b) * weight ^ 0x8000) as i16;
+        *out = ((u16::from(a) * first + u16::from(b) * weight) ^ 0x8000) as i16;
     }
 }
 
 /// Samples a blended row: `out[3x + c] = row[tap.offset + c] * (1 - w) + row[tap.offset + 3 + c] * w`, rounded.
 ///
-/// Every `tap.offset + 6 + ROW_SPARE - 6` must lie within `row`; `out` holds 3 bytes per tap.
-pub(super) fn sample(row: &[i16], taps: &[Tap], out: &mut [u8]) {
+/// Every `tap.offset + ROW_SPARE` must lie within `row`; `out` holds 3 bytes per tap.
+pub(super) fn sample(row: &[i16], taps: &Taps, out: &mut [u8]) {
+    let Taps { list: taps, last } = taps;
     assert_eq!(out.len(), taps.len() * 3, "three bytes per column");
-    let last = taps.iter().map(|t| t.offset as usize).max().unwrap_or(0);
     assert!(last + ROW_SPARE <= row.len(), "a tap at {last} reads past a row of {}", row.len());
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("sse4.1") {
@@ -123,14 +140,16 @@ mod tests {
             let mut plain_row = vec![0i16; row.len()];
             blend_body(&a, &b, weight, &mut plain_row);
             assert_eq!(row, plain_row);
-            let taps: Vec<Tap> = (0..50)
+            let list: Vec<Tap> = (0..50)
                 .map(|_| Tap { offset: 3 * rng.below(width) as u32, weight: rng.below(2049) as i16 })
                 .collect();
             let (mut fast, mut plain) = (vec![0u8; 150], vec![0u8; 150]);
+            let mut taps = Taps::default();
+            taps.set(list.iter().copied());
             sample(&row, &taps, &mut fast);
-            sample_body(&row, &taps, &mut plain);
+            sample_body(&row, &list, &mut plain);
             assert_eq!(fast, plain);
-            for (x, tap) in taps.iter().enumerate() {
+            for (x, tap) in list.iter().enumerate() {
                 let at = tap.offset as usize;
                 if at + 6 > a.len() {
                     continue;

@@ -47,6 +47,22 @@ impl RunFolder {
         Err(TrainError::storage("create folder", project.join(name), source))
     }
 
+    /// The newest folder of that name (`<name>`, `<name>-2`, ...) that holds checkpoints.
+    pub fn newest(project: Option<&str>, name: Option<&str>) -> Option<PathBuf> {
+        let project = Path::new(project.unwrap_or("runs/detect"));
+        let name = name.unwrap_or("train");
+        let mut found: Vec<(u32, PathBuf)> = Vec::new();
+        for entry in fs::read_dir(project).ok()?.flatten() {
+            let text = entry.file_name().to_string_lossy().into_owned();
+            let Some(rest) = text.strip_prefix(name) else { continue };
+            let number = if rest.is_empty() { Some(1) } else { rest.strip_prefix('-').and_then(|n| n.parse().ok()) };
+            if let Some(number) = number.filter(|_| entry.path().join("state").is_dir()) {
+                found.push((number, entry.path()));
+            }
+        }
+        found.into_iter().max().map(|(_, path)| path)
+    }
+
     /// Opens the folder, creating what is missing.
     ///
     /// # Errors

@@ -6,6 +6,8 @@ use std::path::Path;
 use super::error::TrainError;
 use super::files;
 use crate::detect::models::Detector;
+use crate::detect::weights::Dtype;
+use crate::detect::weights::safetensors::{self, TensorRef};
 use crate::engine::params::{ParamKind, ParamSet, to_reference};
 
 /// What a weights file says about itself; all values are text.
@@ -25,40 +27,22 @@ pub fn write(
     buffers: &[f32],
     metadata: &Metadata,
 ) -> Result<(), TrainError> {
-    let mut arrays: Vec<(String, &'static str, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut arrays: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for info in &layout.infos {
         let stored = if info.kind.is_buffer() { buffers } else { values };
         let numbers = to_reference(&info.kind, &stored[info.range.clone()]);
         let bytes = bytemuck::cast_slice(&numbers).to_vec();
-        arrays.push((info.name.clone(), "F32", info.kind.shape(), bytes));
+        arrays.push((info.name.clone(), Dtype::F32, info.kind.shape(), bytes));
         if let ParamKind::RunningVar { .. } = info.kind {
             let counter = info.name.replace("running_var", "num_batches_tracked");
-            arrays.push((counter, "I64", Vec::new(), vec![0; 8]));
+            arrays.push((counter, Dtype::I64, Vec::new(), vec![0; 8]));
         }
     }
     let (name, shape, numbers) = detector.dfl_constant();
-    arrays.push((name, "F32", shape, bytemuck::cast_slice(&numbers).to_vec()));
-    let fault = |e: serde_json::Error| TrainError::Internal { message: format!("weights header: {e}") };
-    let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), serde_json::to_value(metadata).map_err(fault)?);
-    let mut at = 0;
-    // The wide elements first: readers expect every array aligned to its element.
-    arrays.sort_by_key(|(_, dtype, ..)| *dtype == "F32");
-    for (name, dtype, shape, bytes) in &arrays {
-        let end = at + bytes.len();
-        let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]});
-        header.insert(name.clone(), entry);
-        at = end;
-    }
-    let mut header = serde_json::to_string(&header).map_err(fault)?;
-    while header.len() % 8 != 0 {
-        header.push(' ');
-    }
-    files::write_atomically(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(header.as_bytes())?;
-        arrays.iter().try_for_each(|(.., bytes)| out.write_all(bytes))
-    })
+    arrays.push((name, Dtype::F32, shape, bytemuck::cast_slice(&numbers).to_vec()));
+    let tensors = arrays.iter().map(|(name, dtype, shape, bytes)| TensorRef { name, dtype: *dtype, shape, bytes });
+    let texts = metadata.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    files::write_atomically(path, |mut out| safetensors::write(&mut out, tensors, texts))
 }
 
 /// Reads the parameters and running statistics of a file that [`write`] made back into `params`.
@@ -67,16 +51,11 @@ pub fn write(
 /// [`TrainError::Weights`] when the file is not one of these or belongs to another network.
 pub fn read(path: &Path, params: &mut ParamSet) -> Result<(), TrainError> {
     let fault = |message: String| TrainError::Weights { path: path.to_owned(), message, source: None };
-    let bytes = std::fs::read(path).map_err(|e| TrainError::storage("read", path, e))?;
-    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| fault(e.to_string()))?;
+    let file = safetensors::read_file(path).map_err(|e| fault(e.to_string()))?;
     for index in 0..params.infos.len() {
         let name = params.infos[index].name.clone();
-        let tensor = file.tensor(&name).map_err(|e| fault(e.to_string()))?;
-        if tensor.dtype() != safetensors::Dtype::F32 {
-            return Err(fault(format!("{name} is {:?}, expected f32", tensor.dtype())));
-        }
-        let numbers = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-        let numbers: Vec<f32> = numbers.collect();
+        let tensor = file.require(&name).map_err(|e| fault(e.to_string()))?;
+        let numbers = tensor.to_f32();
         params.import(&name, tensor.shape(), &numbers).map_err(|e| fault(e.to_string()))?;
     }
     Ok(())
@@ -96,7 +75,7 @@ mod tests {
         let metadata = Metadata::from([("nc".to_owned(), "80".to_owned())]);
         write(&path, &detector, &params, &params.values, &params.buffers, &metadata).expect("written");
         let bytes = std::fs::read(&path).expect("read");
-        let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+        let file = ::safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
         // The number of entries of the reference's state dict for this network.
         assert_eq!(file.len(), 355);
         let mut again = ParamSet::new(&detector.graph);
@@ -109,7 +88,7 @@ mod tests {
         assert_eq!(tensor.shape(), [16, 3, 3, 3]);
         let (_, expected) = params.export("model.0.conv.weight").expect("a parameter");
         assert_eq!(tensor.data(), bytemuck::cast_slice::<f32, u8>(&expected));
-        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).expect("a header");
+        let (_, header) = ::safetensors::SafeTensors::read_metadata(&bytes).expect("a header");
         assert_eq!(header.metadata().as_ref().expect("metadata")["nc"], "80");
     }
 }

@@ -120,7 +120,7 @@ fn retries_and_processes(store: &mut dyn JobStore) {
     store.begin_attempt(job.seq, "starts").expect("legal");
     let waits = store.retry(job.seq, FailureClass::Memory, "again", 0).expect("legal");
     assert_eq!((waits.attempts, waits.retries.len()), (2, 2));
-    store.set_reason(job.seq, "waits for a slot").expect("stored");
+    store.set_reasons(&[(job.seq, "waits for a slot".to_owned())]).expect("stored");
     store.set_progress(job.seq, &json!({"epoch": 3})).expect("stored");
     let seen = store.job(&job.task_id).expect("reads").expect("is there");
     assert_eq!((seen.reason.as_str(), seen.progress), ("waits for a slot", Some(json!({"epoch": 3}))));

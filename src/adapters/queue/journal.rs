@@ -370,11 +370,15 @@ impl JobStore for Journal {
         Ok(())
     }
 
-    fn set_reason(&mut self, seq: i64, reason: &str) -> Result<(), QueueError> {
-        self.connection
-            .execute("UPDATE jobs SET reason = ?2 WHERE seq = ?1", params![seq, reason])
-            .map_err(sql("note why a job waits"))?;
-        Ok(())
+    fn set_reasons(&mut self, reasons: &[(i64, String)]) -> Result<(), QueueError> {
+        let failed = sql("note why jobs wait");
+        let transaction = self.transaction("note why jobs wait")?;
+        for (seq, reason) in reasons {
+            transaction
+                .execute("UPDATE jobs SET reason = ?2 WHERE seq = ?1", params![seq, reason])
+                .map_err(&failed)?;
+        }
+        transaction.commit().map_err(failed)
     }
 
     fn set_progress(&mut self, seq: i64, progress: &serde_json::Value) -> Result<(), QueueError> {

@@ -95,11 +95,11 @@ pub trait JobStore {
     /// When it cannot be stored.
     fn set_process(&mut self, seq: i64, process: Option<ProcessId>) -> Result<(), QueueError>;
 
-    /// Replaces the sentence that says why a record is where it is.
+    /// Replaces the sentences that say why records are where they are, all in one transaction.
     ///
     /// # Errors
-    /// When it cannot be stored.
-    fn set_reason(&mut self, seq: i64, reason: &str) -> Result<(), QueueError>;
+    /// When they cannot be stored.
+    fn set_reasons(&mut self, reasons: &[(i64, String)]) -> Result<(), QueueError>;
 
     /// Replaces the last sign of progress. It may be lost with the machine's power: it is a display, not a fact.
     ///
@@ -186,6 +186,9 @@ pub enum QueueError {
         /// Newest version known.
         known: i64,
     },
+    /// The thread that owns the journal is gone, or the work on it panicked.
+    #[error("the journal's thread did not answer")]
+    NoAnswer,
     /// A statement failed.
     #[error("the journal could not {what}")]
     Sql {
@@ -244,7 +247,7 @@ impl QueueError {
     /// Whether trying again can help.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Sql { .. } | Self::Open { .. } | Self::Folder { .. } => Retry::After,
+            Self::Sql { .. } | Self::Open { .. } | Self::Folder { .. } | Self::NoAnswer => Retry::After,
             Self::Damaged { .. }
             | Self::Version { .. }
             | Self::Decode { .. }

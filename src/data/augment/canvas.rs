@@ -10,7 +10,7 @@ use super::BORDER;
 use super::mosaic::PatchRect;
 use super::perspective::{Matrix, inverse};
 use crate::data::Image;
-use crate::data::rows::{HORIZONTAL_ONE, ROW_SPARE, Tap, VERTICAL_ONE, blend, sample, split};
+use crate::data::rows::{HORIZONTAL_ONE, ROW_SPARE, Tap, Taps, VERTICAL_ONE, blend, sample, split};
 
 /// A canvas of `height` x `width` pixels: grey, with patches on it. Patches do not overlap.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct WarpScratch {
     upper: CanvasRow,
     lower: CanvasRow,
     blended: Vec<i16>,
-    taps: Vec<Tap>,
+    taps: Taps,
 }
 
 /// A piece of one canvas row.
@@ -97,8 +97,7 @@ impl<'a> Canvas<'a> {
         let ends = [column(0).0, column(out_w - 1).0];
         let first = ends[0].min(ends[1]) as i64;
         let columns = (ends[0].max(ends[1]) as i64 + 2 - first) as usize;
-        taps.clear();
-        taps.extend((0..out_w).map(|x| {
+        taps.set((0..out_w).map(|x| {
             let (x0, weight) = column(x);
             Tap { offset: 3 * (x0 as i64 - first) as u32, weight: weight as i16 }
         }));

@@ -12,7 +12,7 @@ mod pretrained;
 mod reporter;
 mod save;
 mod validate;
-mod weights;
+mod validate_file;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -30,10 +30,11 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use auto_batch::available_bytes;
-pub use initial::initialise;
 pub use network::{Network, RawOutput, Spare};
-pub use pretrained::{LoadedModel, load_model};
+pub use initial::{Branch, freeze, head_branch, initialise};
+pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
+pub use validate_file::{ValidateFileArgs, validate_file};
 
 /// What a session is to do.
 #[derive(Clone, Debug)]

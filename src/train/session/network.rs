@@ -79,6 +79,11 @@ impl Network {
         self.executor.threads()
     }
 
+    /// Bins of a side's distance distribution.
+    pub fn reg_max(&self) -> usize {
+        self.loss_config.reg_max
+    }
+
     /// Name of the model table.
     pub fn name(&self) -> &str {
         &self.name

@@ -64,7 +64,7 @@ pub(super) fn prepare<'r, 'o>(
     schedule.apply(0, 0, &mut optimizer.groups, has_momentum);
     if found.is_none() {
         initial::initialise(&mut network.params, &detector, args.seed);
-        pretrained::apply(&source, &mut network.params, &detector, &dataset.names, &args, reporter)?;
+        pretrained::apply(&source, &mut network.params, &dataset.names, &args, reporter)?;
     }
     let ema = Ema::new(&network.params.values, &network.params.buffers, Ema::DECAY, Ema::TAU);
     let loader = train_loader(&args, &train, &resolved, imgsz, largest_stride)?;

@@ -2,17 +2,25 @@
 
 use std::path::{Path, PathBuf};
 
-use super::initial::{Branch, head_branch};
 use super::reporter::Reporter;
-use super::weights::{self, Weights};
-use crate::detect::models::Detector;
-use crate::engine::params::{ParamKind, ParamSet};
+use crate::detect::models::available;
+use crate::detect::weights::transfer::{class_branch_width, transfer};
+use crate::detect::weights::{Tensor, TensorMap, pytorch, safetensors};
+use crate::engine::params::ParamSet;
 use crate::train::args::{Source, TrainArgs, model_stem};
 use crate::train::error::TrainError;
 
-/// Names that stand for nothing: rows of the class head are not copied by them.
-fn is_placeholder(name: &str) -> bool {
-    name.is_empty() || name.bytes().all(|b| b.is_ascii_digit())
+/// A weights file in memory, whatever its format.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    /// Parameters and running statistics by name, convolutions as `[out][in][height][width]`.
+    pub tensors: TensorMap,
+    /// Class names; empty when the file has none.
+    pub names: Vec<String>,
+    /// The model table that the file names, if it does.
+    pub architecture: Option<String>,
+    /// Input size it was trained with, if the file says so.
+    pub imgsz: Option<usize>,
 }
 
 /// What a run starts from.
@@ -67,128 +75,86 @@ fn missing(path: &Path) -> TrainError {
 }
 
 fn read(path: &Path) -> Result<Weights, TrainError> {
-    weights::read(path).map_err(|error| TrainError::Weights {
+    let fault = |error| TrainError::Weights {
         path: path.to_owned(),
         message: "the file cannot be read as weights".into(),
         source: Some(Box::new(error)),
-    })
+    };
+    if path.extension().is_some_and(|e| e == "pt") {
+        let file = pytorch::read_file(path).map_err(fault)?;
+        let table = file.model_table.as_ref().map(|table| serde_json::json!(table));
+        let said = table.as_ref().and_then(|t| t["yaml_file"].as_str().map(model_stem));
+        let args = file.train_args.as_ref().map(|args| serde_json::json!(args));
+        let imgsz = args.and_then(|args| args["imgsz"].as_u64()).map(|v| v as usize);
+        return Ok(Weights { tensors: file.tensors, names: file.class_names, architecture: said, imgsz });
+    }
+    let tensors = safetensors::read_file(path).map_err(fault)?;
+    let text = |key: &str| tensors.metadata.get(key);
+    let names = text("names").and_then(|n| serde_json::from_str(n).ok()).unwrap_or_default();
+    let architecture = text("model").cloned();
+    let imgsz = text("imgsz").and_then(|v| v.parse().ok());
+    Ok(Weights { tensors, names, architecture, imgsz })
 }
 
 /// The model table of a weights file: what it says itself, or else its name.
 fn architecture_of(path: &Path, weights: &Weights) -> Result<String, TrainError> {
-    let said = weights.architecture().unwrap_or_else(|| model_stem(&path.to_string_lossy()));
-    if crate::detect::models::available().contains(&said.as_str()) {
+    let by_name = model_stem(&path.to_string_lossy());
+    let said = weights.architecture.clone().unwrap_or(by_name);
+    if available().contains(&said.as_str()) {
         return Ok(said);
     }
-    let names = crate::detect::models::available().join(", ");
-    let message = format!("it is for the model {said:?}; available: {names}");
+    let message = format!("it is for the model {said:?}; available: {}", available().join(", "));
     Err(TrainError::Weights { path: path.to_owned(), message, source: None })
 }
 
 /// Copies what fits: tensors of equal name and shape; with `cls_remap` the rows of the last class
-/// convolutions by class name. What does not fit keeps its initial value and is counted in a warning.
+/// convolutions by class name. What does not fit keeps its initial value, and the warning says how much.
 pub(super) fn apply(
     start: &Start,
     params: &mut ParamSet,
-    detector: &Detector,
     names: &[String],
     args: &TrainArgs,
     reporter: &mut Reporter,
 ) -> Result<(), TrainError> {
     let Some((path, weights)) = &start.weights else { return Ok(()) };
-    let copied = copy(weights, params, detector, names, args.cls_remap);
-    if copied.tensors == 0 {
-        let message = "no tensor fits the network by name and shape".into();
-        return Err(TrainError::Weights { path: path.clone(), message, source: None });
+    let fault = |message: String| TrainError::Weights { path: path.clone(), message, source: None };
+    let mut target = TensorMap::new();
+    for info in &params.infos {
+        let (shape, numbers) = params.export(&info.name).map_err(|e| fault(e.to_string()))?;
+        target.insert(info.name.clone(), Tensor::from_f32(shape, &numbers));
     }
-    let total = params.infos.len();
-    reporter.warn(format!(
-        "{}: {} of {total} tensors copied, {} class rows copied by name",
-        path.display(),
-        copied.tensors,
-        copied.rows
-    ));
+    let report = transfer(&weights.tensors, &weights.names, &mut target, names, args.cls_remap);
+    if report.copied.is_empty() {
+        return Err(fault("no tensor fits the network by name and shape".into()));
+    }
+    for (name, tensor) in &target.tensors {
+        params.import(name, tensor.shape(), &tensor.to_f32()).map_err(|e| fault(e.to_string()))?;
+    }
+    let (copied, remapped, total) = (report.copied.len(), report.remapped.len(), params.infos.len());
+    let mut message = format!("{}: {copied} of {total} tensors copied", path.display());
+    if remapped > 0 {
+        message.push_str(&format!(", {remapped} more for {} classes by name", report.classes.len()));
+    }
+    if !report.mismatched.is_empty() {
+        let width = class_branch_width(&weights.tensors).map_or(String::new(), |w| {
+            format!("; the class branch of the file is {w} channels wide")
+        });
+        message.push_str(&format!(", {} of another shape left as drawn{width}", report.mismatched.len()));
+    }
+    reporter.warn(message);
     Ok(())
 }
 
-struct Copied {
-    tensors: usize,
-    rows: usize,
-}
-
-fn copy(
-    weights: &Weights,
-    params: &mut ParamSet,
-    detector: &Detector,
-    names: &[String],
-    remap: bool,
-) -> Copied {
-    let rows = if remap { class_rows(&weights.names, names) } else { Vec::new() };
-    let is_same_classes = rows.len() == names.len() && rows.iter().all(|(to, from)| to == from);
-    let mut copied = Copied { tensors: 0, rows: 0 };
-    for index in 0..params.infos.len() {
-        let (name, kind) = (params.infos[index].name.clone(), params.infos[index].kind);
-        let Some(tensor) = weights.tensors.get(&name) else { continue };
-        let is_class_output = matches!(head_branch(&name, detector.head_row), Some((Branch::Class, _)))
-            && name.split('.').nth(4) == Some("2");
-        if is_class_output && !rows.is_empty() && !is_same_classes {
-            copied.rows += copy_rows(params, &name, kind, tensor, &rows);
-        } else if params.import(&name, &tensor.shape, &tensor.data).is_ok() {
-            copied.tensors += 1;
-        }
-    }
-    copied
-}
-
-/// Pairs (row here, row there) of classes with the same name, case and outer blanks ignored.
-fn class_rows(theirs: &[String], ours: &[String]) -> Vec<(usize, usize)> {
-    let plain = |name: &String| name.trim().to_lowercase();
-    let find = |name: &str| theirs.iter().position(|n| plain(n) == name);
-    let pairs = ours.iter().enumerate().filter_map(|(row, name)| {
-        let name = plain(name);
-        if is_placeholder(&name) { None } else { Some((row, find(&name)?)) }
-    });
-    pairs.collect()
-}
-
-/// Copies rows of the first dimension of a class output; 1 when any was copied.
-fn copy_rows(
-    params: &mut ParamSet,
-    name: &str,
-    kind: ParamKind,
-    tensor: &weights::Tensor,
-    rows: &[(usize, usize)],
-) -> usize {
-    let shape = kind.shape();
-    if tensor.shape.len() != shape.len() || tensor.shape[1..] != shape[1..] {
-        return 0;
-    }
-    let Ok((_, mut own)) = params.export(name) else { return 0 };
-    let width: usize = shape[1..].iter().product();
-    for &(to, from) in rows {
-        if (from + 1) * width <= tensor.data.len() {
-            own[to * width..(to + 1) * width].copy_from_slice(&tensor.data[from * width..(from + 1) * width]);
-        }
-    }
-    match params.import(name, &shape, &own) {
-        Ok(()) => rows.len(),
-        Err(_) => 0,
-    }
-}
-
 /// A trained network, ready to validate or predict.
+#[derive(Clone, Debug)]
 pub struct LoadedModel {
     /// Name of the model table.
     pub architecture: String,
-    /// Class names.
-    pub names: Vec<String>,
-    /// The weights.
+    /// Its weights.
     pub weights: Weights,
-    /// Input size it was trained with, if the file says so.
-    pub imgsz: Option<usize>,
 }
 
-/// Reads a weights file of a trained detector.
+/// Reads a weights file (`.safetensors` or `.pt`) of a trained detector.
 ///
 /// # Errors
 /// [`TrainError::Weights`].
@@ -198,6 +164,37 @@ pub fn load_model(path: &Path) -> Result<LoadedModel, TrainError> {
     }
     let weights = read(path)?;
     let architecture = architecture_of(path, &weights)?;
-    let imgsz = weights.metadata.get("imgsz").and_then(|v| v.parse().ok());
-    Ok(LoadedModel { architecture, names: weights.names.clone(), imgsz, weights })
+    Ok(LoadedModel { architecture, weights })
+}
+
+impl LoadedModel {
+    /// Class names; `class_0` and so on when the file has none.
+    pub fn names(&self) -> Vec<String> {
+        let names = &self.weights.names;
+        match self.nc() {
+            Some(nc) if names.len() != nc => (0..nc).map(|i| format!("class_{i}")).collect(),
+            _ => names.clone(),
+        }
+    }
+
+    /// Number of classes: the rows of the class outputs, which the file cannot be wrong about.
+    pub fn nc(&self) -> Option<usize> {
+        let outputs = self.weights.tensors.tensors.iter();
+        let mut rows = outputs.filter(|(name, _)| name.contains(".cv3.0.2.bias"));
+        rows.next().and_then(|(_, tensor)| tensor.shape().first().copied())
+    }
+
+    /// Puts every tensor into `params`.
+    ///
+    /// # Errors
+    /// [`TrainError::Weights`] when one is missing or has another shape.
+    pub fn load_into(&self, path: &Path, params: &mut ParamSet) -> Result<(), TrainError> {
+        let fault = |message: String| TrainError::Weights { path: path.to_owned(), message, source: None };
+        for index in 0..params.infos.len() {
+            let name = params.infos[index].name.clone();
+            let tensor = self.weights.tensors.require(&name).map_err(|e| fault(e.to_string()))?;
+            params.import(&name, tensor.shape(), &tensor.to_f32()).map_err(|e| fault(e.to_string()))?;
+        }
+        Ok(())
+    }
 }

@@ -15,6 +15,7 @@ use crate::detect::nms::{Detection, NmsArgs};
 use crate::train::error::TrainError;
 use crate::train::event::{ClassFigures, Command};
 use crate::train::files;
+use crate::train::run_folder::round5;
 
 /// Batches of which pictures are drawn.
 const PICTURES: usize = 3;
@@ -56,6 +57,12 @@ pub struct Validation {
 }
 
 impl Validation {
+    /// Precision, recall, mAP50 and mAP50-95 by name, rounded to five decimals.
+    pub fn metric_map(&self) -> serde_json::Map<String, serde_json::Value> {
+        let m = &self.metrics;
+        super::metric_map(&[m.precision, m.recall, m.map50, m.map50_95].map(round5))
+    }
+
     /// Figures of each class that has labels.
     pub fn class_figures(&self, names: &[String]) -> Vec<ClassFigures> {
         let figures = self.metrics.classes.iter().map(|c| ClassFigures {

@@ -1,0 +1,431 @@
+//! The folder watcher: finds dropped jobs and stop files.
+//!
+//! Owns: what was seen of each file. In: [`Look`], file events (both may be lost: the periodic reading finds everything
+//! again), [`IsQuiet`]. Out: jobs into the journal, `Wake` and `StopJob` to the supervisor, sidecars beside the files. On
+//! stop nothing is lost; when it fails it is rebuilt and reads the folders afresh, and the journal knows what was decided.
+//! Limits: one look at a time; files over 1 MiB are refused; at most [`FILES_MAX`] files in a folder are looked at.
+
+mod listing;
+mod settled;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, WrapFuture};
+use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind, RenameMode};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+
+use super::intake::{self, Submission, Verdict};
+use super::keeper::Keeper;
+use super::stop_files::{self, StopVerdict};
+use super::supervisor::{Notice, Observer, StopJob, Supervisor, Wake};
+use crate::adapters::queue::{JobStore, QueueError};
+use crate::job::service::ServiceConfig;
+use crate::job::spec::SpecContext;
+use listing::{Listing, Seen};
+use settled::{Settle, SettleTable};
+
+/// Files of one folder that are looked at.
+pub const FILES_MAX: usize = 10_000;
+/// Files decided in one look; the others follow in the next.
+const BATCH_MAX: usize = 64;
+/// A file may be this large; one byte more is read, so that the refusal can be exact.
+const BYTES_MAX: u64 = 1 << 20;
+
+/// See the module.
+pub struct FolderWatcher {
+    config: Arc<ServiceConfig>,
+    context: Arc<SpecContext>,
+    /// A folder in which any event wakes the supervisor: the command line writes there.
+    inbox: PathBuf,
+    keeper: Keeper,
+    supervisor: Addr<Supervisor>,
+    observer: Arc<dyn Observer>,
+    events: Option<RecommendedWatcher>,
+    table: SettleTable,
+    /// Stop files already warned about, with their time.
+    warned: HashMap<PathBuf, i64>,
+    complaint: Option<String>,
+    looking: bool,
+    look_again: bool,
+    look_due: Option<Instant>,
+    looks_done: u64,
+    unfinished: bool,
+}
+
+impl FolderWatcher {
+    /// A watcher of the folders in `config`.
+    pub fn new(
+        config: Arc<ServiceConfig>,
+        context: Arc<SpecContext>,
+        inbox: PathBuf,
+        keeper: Keeper,
+        supervisor: Addr<Supervisor>,
+        observer: Arc<dyn Observer>,
+    ) -> Self {
+        Self {
+            config,
+            context,
+            inbox,
+            keeper,
+            supervisor,
+            observer,
+            events: None,
+            table: SettleTable::default(),
+            warned: HashMap::new(),
+            complaint: None,
+            looking: false,
+            look_again: false,
+            look_due: None,
+            looks_done: 0,
+            unfinished: true,
+        }
+    }
+
+    /// Asks the system for file events. Without them the periodic reading does the work.
+    fn watch(&mut self, ctx: &mut Context<Self>) {
+        let address = ctx.address();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if let Some(message) = event.ok().and_then(|event| FileEvent::read(&event)) {
+                // A full mailbox loses the event; the periodic reading finds the file.
+                drop(address.try_send(message));
+            }
+        });
+        let mut watcher = match watcher {
+            Ok(watcher) => watcher,
+            Err(error) => {
+                tracing::warn!(%error, "no file events on this system; folders are read periodically");
+                return;
+            }
+        };
+        for folder in [&self.config.configs_dir, &self.config.stop_dir(), &self.inbox] {
+            if let Err(error) = watcher.watch(folder, RecursiveMode::NonRecursive) {
+                tracing::warn!(%error, "no file events for {}; it is read periodically", folder.display());
+            }
+        }
+        self.events = Some(watcher);
+    }
+
+    /// Looks after `delay`, unless a sooner look is planned.
+    fn look_in(&mut self, delay: Duration, ctx: &mut Context<Self>) {
+        let due = Instant::now() + delay;
+        if self.look_due.is_none_or(|planned| due < planned) {
+            self.look_due = Some(due);
+            ctx.notify_later(Look, delay);
+        }
+    }
+
+    fn look(&mut self, ctx: &mut Context<Self>) {
+        if self.looking {
+            self.look_again = true;
+            return;
+        }
+        (self.looking, self.look_again, self.look_due) = (true, false, None);
+        let (configs_dir, stop_dir) = (self.config.configs_dir.clone(), self.config.stop_dir());
+        let work = tokio::task::spawn_blocking(move || {
+            (listing::jobs(&configs_dir, FILES_MAX), listing::stop_files(&stop_dir, FILES_MAX))
+        });
+        ctx.spawn(work.into_actor(self).map(|result, actor, ctx| match result {
+            Ok((Ok(jobs), Ok(stops))) => {
+                actor.complaint = None;
+                actor.consider(jobs, stops, ctx);
+            }
+            Ok((jobs, stops)) => {
+                let error = jobs.err().or(stops.err()).map(|error| error.to_string()).unwrap_or_default();
+                actor.complain(format!("cannot read the watched folders: {error}"));
+                actor.looked(ctx);
+            }
+            Err(error) => {
+                actor.complain(format!("reading the watched folders failed: {error}"));
+                actor.looked(ctx);
+            }
+        }));
+    }
+
+    /// Says something once, until it changes.
+    fn complain(&mut self, text: String) {
+        if self.complaint.as_ref() != Some(&text) {
+            tracing::warn!("{text}");
+            self.complaint = Some(text);
+        }
+    }
+
+    fn consider(&mut self, jobs: Listing, stops: Listing, ctx: &mut Context<Self>) {
+        let mut ready = self.table.update(jobs, &self.config.watch, Instant::now());
+        self.unfinished = ready.len() > BATCH_MAX || self.table.next_due(Instant::now()).is_some();
+        if ready.len() > BATCH_MAX {
+            ready.truncate(BATCH_MAX);
+            self.look_again = true;
+        }
+        let (keeper, context) = (self.keeper.clone(), self.context.clone());
+        let honour_stale = self.config.stop_honour_stale;
+        let work = async move {
+            let mut decided = Vec::new();
+            for (path, seen) in ready {
+                let verdict = take(&keeper, &context, &path, seen).await;
+                decided.push((path, seen, verdict));
+            }
+            let mut judged = Vec::new();
+            for (path, seen) in stops {
+                if let Some(verdict) = judge(&keeper, &path, seen, honour_stale).await {
+                    judged.push((path, seen, verdict));
+                }
+            }
+            (decided, judged)
+        };
+        ctx.spawn(work.into_actor(self).map(|(decided, judged), actor, ctx| {
+            for (path, seen, verdict) in decided {
+                actor.tell(&path, seen, verdict);
+            }
+            for (path, seen, verdict) in judged {
+                actor.obey(path, seen, verdict);
+            }
+            actor.looked(ctx);
+        }));
+    }
+
+    fn looked(&mut self, ctx: &mut Context<Self>) {
+        self.looking = false;
+        self.looks_done += 1;
+        let poll = Duration::from_millis(self.config.watch.poll_interval_ms);
+        let due = self.table.next_due(Instant::now()).unwrap_or(poll).min(poll);
+        self.look_in(if self.look_again { Duration::ZERO } else { due }, ctx);
+    }
+
+    /// Reports what became of a file.
+    fn tell(&mut self, path: &Path, seen: Seen, verdict: Result<Taken, QueueError>) {
+        let name = path.display();
+        match verdict {
+            Ok(Taken::Moved) => return,
+            Ok(Taken::Decided(Verdict::Accepted(record))) => {
+                tracing::info!(task_id = %record.task_id, "{name} is accepted");
+                for note in record.spec.ignored.iter().chain(&record.spec.overridden) {
+                    tracing::warn!(task_id = %record.task_id, "key `{}`: {}", note.key, note.reason);
+                }
+                self.observer.notice(&Notice::Accepted(record));
+                // It also looks by itself once a second.
+                self.supervisor.do_send(Wake);
+            }
+            Ok(Taken::Decided(Verdict::DryRun(_))) => tracing::info!("{name} is valid; it asked for no run"),
+            Ok(Taken::Decided(Verdict::Known(entry))) => match entry.task_id.filter(|_| entry.accepted) {
+                Some(task_id) => tracing::info!(%task_id, "{name} is unchanged: it became this job before"),
+                None => tracing::debug!("{name} is unchanged: its verdict stands"),
+            },
+            Ok(Taken::Decided(Verdict::Rejected(reason))) => {
+                tracing::error!("{name} is rejected:\n{reason}");
+                self.observer.notice(&Notice::Rejected { source: name.to_string(), reason });
+            }
+            Err(error) => {
+                // The file is still there and is taken at a later look.
+                let cause =
+                    std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+                self.complain(format!("cannot write the verdict on {name} into the journal: {error}{cause}"));
+                return;
+            }
+        }
+        self.table.decided(path, seen);
+    }
+
+    fn obey(
+        &mut self,
+        path: PathBuf,
+        seen: Seen,
+        (task_id, verdict): (Option<crate::job::ids::TaskId>, StopVerdict),
+    ) {
+        let first = self.warned.get(&path) != Some(&seen.modified_unix_ms);
+        let id = task_id.as_ref().map(ToString::to_string).unwrap_or_default();
+        match (verdict, task_id) {
+            (StopVerdict::Stop, Some(task_id)) => {
+                let why = format!("stopped by {}", path.display());
+                // A closed mailbox means a rebuild; the file stays and is seen again.
+                self.supervisor.do_send(StopJob { task_id, why });
+            }
+            (StopVerdict::PutAside(warning), _) => {
+                if let Some(warning) = warning.filter(|_| first) {
+                    tracing::warn!(task_id = id, "{}: {warning}", path.display());
+                }
+                let mut done = path.clone().into_os_string();
+                done.push(".done");
+                if let Err(error) = std::fs::rename(&path, done)
+                    && first
+                {
+                    tracing::warn!(%error, "cannot put {} aside", path.display());
+                }
+                self.warned.insert(path, seen.modified_unix_ms);
+            }
+            (StopVerdict::Leave(warning), _) => {
+                if first {
+                    tracing::warn!(task_id = id, "{}: {warning}", path.display());
+                }
+                self.warned.insert(path, seen.modified_unix_ms);
+            }
+            (StopVerdict::Stop, None) => unreachable!("only a known job is stopped"),
+        }
+    }
+}
+
+/// A file that was read.
+enum Taken {
+    /// It changed while it was read; the next look takes it.
+    Moved,
+    /// It has a verdict.
+    Decided(Verdict),
+}
+
+/// Reads a settled file, decides, and writes the sidecar.
+async fn take(
+    keeper: &Keeper,
+    context: &Arc<SpecContext>,
+    path: &Path,
+    seen: Seen,
+) -> Result<Taken, QueueError> {
+    let submission = {
+        let path = path.to_owned();
+        match tokio::task::spawn_blocking(move || read(&path, seen)).await {
+            Ok(Some(submission)) => submission,
+            _ => return Ok(Taken::Moved),
+        }
+    };
+    let context = context.clone();
+    let verdict = keeper.with(move |journal| intake::decide(journal, &submission, &context)).await?;
+    let (path, text) = (path.to_owned(), sidecar_text(keeper, &verdict, path).await?);
+    if let Some((accepted, text)) = text {
+        let shown = path.display().to_string();
+        let written =
+            tokio::task::spawn_blocking(move || intake::write_sidecar(&path, accepted, &text)).await;
+        if let Ok(Err(error)) = written {
+            tracing::warn!(%error, "cannot write the verdict beside {shown}; the journal has it");
+        }
+    }
+    Ok(Taken::Decided(verdict))
+}
+
+/// What the sidecar says, and whether it is an acceptance.
+async fn sidecar_text(
+    keeper: &Keeper,
+    verdict: &Verdict,
+    path: &Path,
+) -> Result<Option<(bool, String)>, QueueError> {
+    Ok(match verdict {
+        Verdict::Accepted(record) => {
+            let (source, hash) = (record.source.clone(), record.content_sha256.clone());
+            let entry = keeper.with(move |journal| journal.intake(&source, &hash)).await?;
+            debug_assert!(entry.is_some(), "an accepted file has its verdict: {}", path.display());
+            entry.map(|entry| (true, entry.verdict))
+        }
+        Verdict::DryRun(text) => Some((true, text.clone())),
+        Verdict::Known(entry) => Some((entry.accepted, entry.verdict.clone())),
+        Verdict::Rejected(reason) => Some((false, reason.clone())),
+    })
+}
+
+/// Reads a file that is still as it was seen.
+fn read(path: &Path, seen: Seen) -> Option<Submission> {
+    use std::io::Read;
+    let file = std::fs::File::open(path).ok()?;
+    let mut bytes = Vec::new();
+    file.take(BYTES_MAX + 1).read_to_end(&mut bytes).ok()?;
+    (listing::seen(path).ok()? == seen).then(|| Submission {
+        source: path.to_string_lossy().into_owned(),
+        bytes,
+        modified_unix_ms: seen.modified_unix_ms,
+        keep_verdict: true,
+        again: false,
+    })
+}
+
+type Judged = (Option<crate::job::ids::TaskId>, StopVerdict);
+
+/// Judges a stop file; `None` when its name is none or the journal does not answer.
+async fn judge(keeper: &Keeper, path: &Path, seen: Seen, honour_stale: bool) -> Option<Judged> {
+    let name = path.file_name()?.to_str()?.to_owned();
+    match stop_files::task_id_of(&name)? {
+        Err(error) => Some((None, StopVerdict::Leave(error))),
+        Ok(task_id) => {
+            let id = task_id.clone();
+            let record = keeper.with(move |journal| journal.job(&id)).await.ok()?;
+            Some((Some(task_id), stop_files::judge(record.as_ref(), seen.modified_unix_ms, honour_stale)))
+        }
+    }
+}
+
+impl Actor for FolderWatcher {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(256);
+        self.watch(ctx);
+        self.look(ctx);
+    }
+}
+
+/// Read the folders now.
+#[derive(Debug, Clone, Copy, Message)]
+#[rtype(result = "()")]
+pub struct Look;
+
+impl Handler<Look> for FolderWatcher {
+    type Result = ();
+
+    fn handle(&mut self, _: Look, ctx: &mut Context<Self>) {
+        self.look(ctx);
+    }
+}
+
+/// What the system says about a file.
+#[derive(Debug, Clone, PartialEq, Eq, Message)]
+#[rtype(result = "()")]
+struct FileEvent {
+    path: PathBuf,
+    settle: Settle,
+}
+
+impl FileEvent {
+    fn read(event: &notify::Event) -> Option<Self> {
+        let settle = match event.kind {
+            EventKind::Access(AccessKind::Close(AccessMode::Write)) => Settle::Closed,
+            EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both | RenameMode::Any)) => {
+                Settle::Closed
+            }
+            EventKind::Create(_) | EventKind::Modify(ModifyKind::Data(_) | ModifyKind::Any) => Settle::Open,
+            EventKind::Modify(ModifyKind::Metadata(_)) => Settle::Unknown,
+            _ => return None,
+        };
+        Some(Self { path: event.paths.last()?.clone(), settle })
+    }
+}
+
+impl Handler<FileEvent> for FolderWatcher {
+    type Result = ();
+
+    fn handle(&mut self, event: FileEvent, ctx: &mut Context<Self>) {
+        if event.path.starts_with(&self.inbox) {
+            self.supervisor.do_send(Wake);
+            return;
+        }
+        let Some(name) = event.path.file_name().and_then(|name| name.to_str()) else { return };
+        if stop_files::task_id_of(name).is_some() {
+            self.look_in(Duration::ZERO, ctx);
+        } else if listing::is_job_name(name)
+            && event.path.parent().is_some_and(|folder| !folder.starts_with(self.config.stop_dir()))
+        {
+            let delay = self.table.heard(&event.path, event.settle, &self.config.watch);
+            self.look_in(delay, ctx);
+        }
+    }
+}
+
+/// Whether every file in the folder has been looked at and decided.
+#[derive(Debug, Clone, Copy, Message)]
+#[rtype(result = "bool")]
+pub struct IsQuiet;
+
+impl Handler<IsQuiet> for FolderWatcher {
+    type Result = bool;
+
+    fn handle(&mut self, _: IsQuiet, _ctx: &mut Context<Self>) -> bool {
+        self.looks_done > 0 && !self.looking && !self.look_again && !self.unfinished
+    }
+}

@@ -1,0 +1,268 @@
+//! The service: starts the actors, rebuilds them when one fails, ends them.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use actix::{Actor, Addr};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::folder_watcher::{FolderWatcher, IsQuiet};
+use super::keeper::Keeper;
+use super::recovery;
+use super::supervisor::{Introduce, KillAll, Notice, Observer, Shutdown, Supervisor};
+use super::trainer::TrainerConfig;
+use crate::adapters::queue::journal::Journal;
+use crate::adapters::queue::lock::{LockError, ProcessLock};
+use crate::adapters::queue::{JobStore, QueueError};
+use crate::job::service::ServiceConfig;
+use crate::job::state::JobState;
+
+/// Rebuilds within [`REBUILD_WINDOW`] before the service gives up.
+const REBUILDS_MAX: usize = 5;
+/// See [`REBUILDS_MAX`].
+const REBUILD_WINDOW: Duration = Duration::from_secs(600);
+/// Between two looks at the health of the actors.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
+/// The same while the service waits for the queue to become empty.
+const ONCE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How a service ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceEnd {
+    /// `once`: the queue became empty. True when every job of this session completed and no file was refused.
+    Empty {
+        /// See above.
+        all_completed: bool,
+    },
+    /// It was told to end.
+    Stopped,
+}
+
+/// Why a service did not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// Another service has the state folder.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The journal cannot be used.
+    #[error("the journal cannot be used")]
+    Queue(#[from] QueueError),
+    /// A folder cannot be made.
+    #[error("cannot make the folder {path}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The system refused something.
+    #[error("cannot {what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The actors failed again and again.
+    #[error("the actors failed {REBUILDS_MAX} times within {} s; the journal has everything", REBUILD_WINDOW.as_secs())]
+    Rebuilds,
+}
+
+/// Where the command line leaves a sign that it wrote to the journal.
+pub fn inbox(state_dir: &Path) -> PathBuf {
+    state_dir.join("inbox")
+}
+
+/// Counts what the exit code of `once` depends on, and passes every notice on.
+struct Tally {
+    inner: Arc<dyn Observer>,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Default)]
+struct Counts {
+    not_completed: BTreeSet<i64>,
+    rejected: bool,
+}
+
+impl Observer for Tally {
+    fn notice(&self, notice: &Notice) {
+        if let Ok(mut counts) = self.counts.lock() {
+            match notice {
+                Notice::Left(record) if record.state == JobState::Completed => {
+                    counts.not_completed.remove(&record.seq);
+                }
+                Notice::Left(record) => {
+                    counts.not_completed.insert(record.seq);
+                }
+                Notice::Rejected { .. } => counts.rejected = true,
+                Notice::Accepted(_) | Notice::Started(_) | Notice::Event { .. } => {}
+            }
+        }
+        self.inner.notice(notice);
+    }
+}
+
+impl Tally {
+    fn all_completed(&self) -> bool {
+        self.counts.lock().is_ok_and(|counts| counts.not_completed.is_empty() && !counts.rejected)
+    }
+}
+
+struct Actors {
+    supervisor: Addr<Supervisor>,
+    watcher: Addr<FolderWatcher>,
+}
+
+/// A service that is being run.
+pub struct Service {
+    config: Arc<ServiceConfig>,
+    trainer_config: Arc<TrainerConfig>,
+    working_dir: PathBuf,
+    state_dir: PathBuf,
+    tally: Arc<Tally>,
+    _lock: ProcessLock,
+}
+
+impl Service {
+    /// Takes the state folder and makes the other folders.
+    ///
+    /// # Errors
+    /// [`ServiceError`] names what is in the way.
+    pub fn new(config: ServiceConfig, observer: Arc<dyn Observer>) -> Result<Self, ServiceError> {
+        let working_dir = std::env::current_dir()
+            .map_err(|source| ServiceError::System { what: "find the working folder", source })?;
+        let lock = ProcessLock::acquire(&config.state_dir)?;
+        // Absolute, so that the argument of a left-over trainer names this state folder and no other.
+        let state_dir = std::fs::canonicalize(&config.state_dir)
+            .map_err(|source| ServiceError::Folder { path: config.state_dir.clone(), source })?;
+        for path in [config.configs_dir.clone(), config.stop_dir(), inbox(&state_dir)] {
+            std::fs::create_dir_all(&path).map_err(|source| ServiceError::Folder { path, source })?;
+        }
+        let program = match &config.trainer_program {
+            Some(program) => program.clone(),
+            None => std::env::current_exe()
+                .map_err(|source| ServiceError::System { what: "find this program's file", source })?,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (config.cpu_slots > 1).then(|| (cores / config.cpu_slots).max(1));
+        let trainer_config = TrainerConfig {
+            program,
+            state_dir: state_dir.clone(),
+            threads,
+            stall_timeout_ms: config.stall_timeout_ms,
+        };
+        Ok(Self {
+            config: Arc::new(config),
+            trainer_config: Arc::new(trainer_config),
+            working_dir,
+            state_dir,
+            tally: Arc::new(Tally { inner: observer, counts: Mutex::default() }),
+            _lock: lock,
+        })
+    }
+
+    /// Runs until told to end, or with `once` until the queue is empty.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; the journal has everything.
+    pub fn run(self, once: bool) -> Result<ServiceEnd, ServiceError> {
+        let system = actix::System::new();
+        system.block_on(self.serve(once))
+    }
+
+    async fn serve(self, once: bool) -> Result<ServiceEnd, ServiceError> {
+        let hear =
+            |kind| signal(kind).map_err(|source| ServiceError::System { what: "listen for signals", source });
+        let (mut terminate, mut interrupt) = (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
+        let mut rebuilds: Vec<Instant> = Vec::new();
+        loop {
+            let (actors, keeper) = self.build()?;
+            loop {
+                let interval = if once { ONCE_INTERVAL } else { HEALTH_INTERVAL };
+                tokio::select! {
+                    _ = terminate.recv() => return self.shut_down(&actors, &mut terminate, &mut interrupt).await,
+                    _ = interrupt.recv() => return self.shut_down(&actors, &mut terminate, &mut interrupt).await,
+                    () = tokio::time::sleep(interval) => {}
+                }
+                if !actors.supervisor.connected() || !actors.watcher.connected() {
+                    break;
+                }
+                if once && is_empty(&actors, &keeper).await {
+                    actors.supervisor.do_send(Shutdown);
+                    return Ok(ServiceEnd::Empty { all_completed: self.tally.all_completed() });
+                }
+            }
+            tracing::error!("an actor failed; rebuilding all from the journal");
+            rebuilds.retain(|at| at.elapsed() < REBUILD_WINDOW);
+            rebuilds.push(Instant::now());
+            if rebuilds.len() > REBUILDS_MAX {
+                return Err(ServiceError::Rebuilds);
+            }
+            drop(actors);
+            // The dropped actors' processes are killed by their drop; recovery makes sure of it.
+            tokio::time::sleep(HEALTH_INTERVAL).await;
+        }
+    }
+
+    /// Puts the journal in order and starts the actors over it.
+    fn build(&self) -> Result<(Actors, Keeper), ServiceError> {
+        let mut journal = Journal::open(&self.state_dir)?;
+        recovery::recover(&mut journal, &self.config, &self.state_dir)?;
+        let keeper = Keeper::start(journal)
+            .map_err(|source| ServiceError::System { what: "start the journal's thread", source })?;
+        let observer: Arc<dyn Observer> = self.tally.clone();
+        let supervisor = Supervisor::new(
+            self.config.clone(),
+            self.trainer_config.clone(),
+            keeper.clone(),
+            observer.clone(),
+        )
+        .start();
+        let watcher = FolderWatcher::new(
+            self.config.clone(),
+            Arc::new(self.config.spec_context(self.working_dir.clone())),
+            inbox(&self.state_dir),
+            keeper.clone(),
+            supervisor.clone(),
+            observer,
+        )
+        .start();
+        supervisor.do_send(Introduce(watcher.clone()));
+        Ok((Actors { supervisor, watcher }, keeper))
+    }
+
+    /// Lets the trainers save and leave; a second signal kills them.
+    async fn shut_down(
+        &self,
+        actors: &Actors,
+        terminate: &mut tokio::signal::unix::Signal,
+        interrupt: &mut tokio::signal::unix::Signal,
+    ) -> Result<ServiceEnd, ServiceError> {
+        tracing::info!("shutting down: trainers save and leave; a second signal kills them");
+        actors.supervisor.do_send(Shutdown);
+        let deadline = Instant::now() + Duration::from_millis(self.config.shutdown_limit_ms);
+        while actors.supervisor.connected() {
+            if Instant::now() >= deadline {
+                tracing::error!("the shutdown took too long; the rest is recovered at the next start");
+                break;
+            }
+            tokio::select! {
+                _ = terminate.recv() => actors.supervisor.do_send(KillAll),
+                _ = interrupt.recv() => actors.supervisor.do_send(KillAll),
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+        }
+        Ok(ServiceEnd::Stopped)
+    }
+}
+
+/// True when every dropped file has its verdict and no job is left to do.
+async fn is_empty(actors: &Actors, keeper: &Keeper) -> bool {
+    let quiet = actors.watcher.send(IsQuiet).await.unwrap_or(false);
+    quiet && keeper.with(|journal| Ok(journal.active()?.is_empty())).await.unwrap_or(false)
+}

@@ -1,0 +1,91 @@
+//! Spellings, job files, limits.
+
+use std::sync::{Arc, Mutex};
+
+use serde_json::Value as Json;
+use time::UtcOffset;
+use tracing::Level;
+
+use super::*;
+
+fn line() -> LogLine {
+    LogLine {
+        time: time::macros::datetime!(2026-01-02 03:04:05.678 UTC),
+        level: Level::WARN,
+        module: "boxwright::actors::supervisor".into(),
+        line: 7,
+        message: "two\nlines".into(),
+        task_id: Some("a".into()),
+        fields: serde_json::Map::from_iter([("epoch".to_owned(), Json::from(3))]),
+    }
+}
+
+#[test]
+fn three_formats() {
+    assert_eq!(line().text(LogFormat::Simple, false), "03:04:05 | WARNING  | two\nlines task_id=a epoch=3");
+    assert_eq!(
+        line().text(LogFormat::Detailed, false),
+        "2026-01-02 03:04:05.678 | WARNING  | boxwright::actors::supervisor:7 - two\nlines task_id=a epoch=3"
+    );
+    let json = line().text(LogFormat::Json, true);
+    assert!(!json.contains('\n') && !json.contains('\x1b'), "{json}");
+    let json: Json = serde_json::from_str(&json).expect("one object");
+    assert_eq!((json["task_id"].as_str(), json["epoch"].as_i64()), (Some("a"), Some(3)));
+    assert_eq!((json["level"].as_str(), json["message"].as_str()), (Some("WARNING"), Some("two\nlines")));
+    assert_eq!(json["time"].as_str(), Some("2026-01-02T03:04:05.678Z"));
+    assert!(line().text(LogFormat::Detailed, true).starts_with("\x1b[32m2026"), "colours");
+}
+
+#[test]
+fn events_reach_console_and_the_file_of_their_job() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let jobs = JobLogs::start(folder.path().join("jobs"), LogFormat::Json, 3).expect("starts");
+    let seen = Arc::new(Mutex::new(Vec::<String>::new()));
+    let console: ConsoleWriter = {
+        let seen = seen.clone();
+        Arc::new(move |line| seen.lock().expect("not poisoned").push(line.to_owned()))
+    };
+    let sinks = vec![
+        Sink::Console { format: LogFormat::Simple, colour: false, write: console },
+        Sink::Jobs(jobs.sender()),
+    ];
+    let subscriber = tracing_subscriber::registry().with(LogLayer::new(sinks, UtcOffset::UTC));
+    tracing::subscriber::with_default(subscriber, || {
+        tracing::info!("nobody's");
+        tracing::info!(task_id = "one", epoch = 2, "mine");
+        let span = tracing::info_span!("job", task_id = "two");
+        let _entered = span.enter();
+        tracing::warn!("inside a span");
+        tracing::error!(task_id = "../evil", "never a path");
+    });
+    drop(jobs);
+    let console = seen.lock().expect("not poisoned").join("\n");
+    assert!(
+        console.contains("| INFO     | nobody's") && console.contains("mine task_id=one epoch=2"),
+        "{console}"
+    );
+    let one = std::fs::read_to_string(job_log_path(folder.path(), "one")).expect("written");
+    let one: Json = serde_json::from_str(one.trim()).expect("one line");
+    assert_eq!((one["message"].as_str(), one["task_id"].as_str()), (Some("mine"), Some("one")));
+    assert!(
+        one["line"].as_u64() > Some(0)
+            && one["module"].as_str().is_some_and(|name| name.contains("logs::tests"))
+    );
+    let two = std::fs::read_to_string(job_log_path(folder.path(), "two")).expect("written");
+    assert!(two.contains("inside a span"));
+    assert!(!folder.path().join("evil.log").exists());
+}
+
+#[test]
+fn old_job_files_go() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let jobs = JobLogs::start(folder.path().join("jobs"), LogFormat::Simple, 3).expect("starts");
+    for index in 0..8 {
+        let mut line = line();
+        line.task_id = Some(format!("job{index}"));
+        jobs.sender().send(super::jobs::Message::Line(line)).expect("runs");
+    }
+    drop(jobs);
+    let left = std::fs::read_dir(folder.path().join("jobs")).expect("a folder").count();
+    assert_eq!(left, 3);
+}

@@ -1,0 +1,202 @@
+//! `boxwright train`: one job in the foreground.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::session_console::Console;
+use super::{CliError, EXIT_STOPPED, signals};
+use crate::job::spec::{JobSpec, SpecContext};
+use crate::train::args::{Source, TrainArgs};
+use crate::train::error::{FailureClass, TrainError};
+use crate::train::event::OutcomeKind;
+use crate::train::run_folder::RunFolder;
+use crate::train::session::{Outcome, Session, SessionSpec};
+use crate::yaml::{self, Faults, Node};
+
+/// Keys of a job that are not under `train`.
+const TOP_KEYS: [&str; 3] = ["model", "type", "task_id"];
+
+/// Train one job in the foreground
+#[derive(clap::Args)]
+pub struct Args {
+    /// A job file, and `key=value` for training keys that replace its values (`epochs=5`); without a file
+    /// `model=yolov8n data=DATA.yaml` at least
+    #[arg(value_name = "JOB.yaml | KEY=VALUE")]
+    items: Vec<String>,
+    /// Go on with this run folder, or with the newest one of the job
+    #[arg(long, value_name = "RUN_DIR", num_args = 0..=1)]
+    resume: Option<Option<PathBuf>>,
+    /// End with one line of JSON on standard output
+    #[arg(long)]
+    json: bool,
+    /// Compute threads; all cores when not given
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+/// Trains, shows the progress, prints where the results are.
+///
+/// # Errors
+/// A job that cannot be read or trained.
+pub fn run(args: Args) -> Result<ExitCode, CliError> {
+    let (train_args, run_dir, task_id) = match &args.resume {
+        Some(Some(folder)) => resumed_args(folder, &args.items)?,
+        _ => fresh_args(&args)?,
+    };
+    signals::watch();
+    let mut console = Console::default();
+    let spec = SessionSpec {
+        resume: args.resume.is_some(),
+        threads: args.threads,
+        ..SessionSpec::new(train_args, &run_dir, task_id)
+    };
+    let outcome = Session::new(spec, &mut console).run().map_err(cli_error)?;
+    report(&args, &run_dir, &outcome);
+    Ok(match outcome.kind {
+        OutcomeKind::Completed => ExitCode::SUCCESS,
+        OutcomeKind::Stopped => ExitCode::from(EXIT_STOPPED),
+    })
+}
+
+/// A failed session as an error of the command: configuration faults are wrong use.
+pub fn cli_error(error: TrainError) -> CliError {
+    match error.class() {
+        FailureClass::Config => CliError::usage(error.chain()),
+        _ => CliError::failed(error.chain()),
+    }
+}
+
+fn report(args: &Args, run_dir: &Path, outcome: &Outcome) {
+    let status = match outcome.kind {
+        OutcomeKind::Completed => "completed",
+        OutcomeKind::Stopped => "stopped",
+    };
+    if args.json {
+        let line = json!({
+            "status": status,
+            "fitness": outcome.fitness,
+            "metrics": outcome.metrics,
+            "epochs": outcome.epochs,
+            "steps": outcome.step,
+            "seconds": outcome.seconds,
+            "run_dir": run_dir,
+            "best": outcome.best,
+            "last": outcome.last,
+            "results": run_dir.join("results.csv"),
+        });
+        println!("{line}");
+        return;
+    }
+    println!("{status} after {} epochs in {:.0} s", outcome.epochs, outcome.seconds);
+    for (name, value) in &outcome.metrics {
+        println!("{name:<22} {value}");
+    }
+    for (name, path) in [("best", &outcome.best), ("last", &outcome.last)] {
+        if let Some(path) = path {
+            println!("{name:<22} {}", path.display());
+        }
+    }
+}
+
+/// `key=value` items as a tree; a value is read as YAML.
+fn overrides(items: &[String]) -> Result<(Option<&String>, Node), CliError> {
+    let mut file = None;
+    let mut tree = Node::from_json(&json!({}));
+    for item in items {
+        let Some((key, value)) = item.split_once('=') else {
+            if file.replace(item).is_some() {
+                return Err(CliError::usage(format!("{item:?} is a second job file; allowed: one")));
+            }
+            continue;
+        };
+        let node = yaml::parse(format!("v: {value}").as_bytes(), item)
+            .map_err(|e| CliError::usage_from(format!("{item:?} is no key=value"), e))?;
+        let value = node.get("v").cloned().unwrap_or_else(|| Node::from_json(&json!(null)));
+        let path = if TOP_KEYS.contains(&key) || key.contains('.') { key.to_owned() } else { format!("train.{key}") };
+        tree.set_path(&path, value);
+    }
+    Ok((file, tree))
+}
+
+/// Arguments of a run that starts, and its folder.
+fn fresh_args(args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
+    let (file, mut top) = overrides(&args.items)?;
+    let working_dir = std::env::current_dir().map_err(|e| CliError::failed_from("no working folder", e))?;
+    let mut context = SpecContext {
+        base: None,
+        strict: false,
+        runs_dir: working_dir.join("runs"),
+        working_dir,
+        data_path_map: Vec::new(),
+    };
+    let has_overrides = top.as_mapping().is_some_and(|entries| !entries.is_empty());
+    let (text, source) = match file {
+        Some(file) => {
+            let text = std::fs::read(file).map_err(|e| CliError::usage_from(format!("cannot read {file}"), e))?;
+            if has_overrides {
+                let base = yaml::parse(&text, file).map_err(|e| CliError::usage(e.to_string()))?;
+                context.base = Some(base);
+            }
+            (text, file.as_str())
+        }
+        None => {
+            if top.get("type").is_none() {
+                top.set_path("type", Node::from_json(&json!("yolo")));
+            }
+            (Vec::new(), "command line")
+        }
+    };
+    let text = if has_overrides || file.is_none() { top.to_json().to_string().into_bytes() } else { text };
+    let loaded = JobSpec::load(&text, source, &context).map_err(|e| CliError::usage(e.to_string()))?;
+    let spec = loaded.runnable().map_err(|e| CliError::usage(e.to_string()))?;
+    for note in spec.ignored.iter().chain(&spec.overridden) {
+        eprintln!("note: {}: {}", note.key, note.reason);
+    }
+    let train = spec.args;
+    let (project, name) = (train.project.as_deref(), train.name.as_deref());
+    let run_dir = match (&args.resume, &train.resume) {
+        (None, Source::Off) => RunFolder::claim(project, name, train.exist_ok).map_err(cli_error)?,
+        (_, Source::Path(path)) => run_folder_of(Path::new(path))?,
+        _ => RunFolder::newest(project, name).ok_or_else(|| {
+            CliError::usage("nothing to resume: no run folder of this name holds a checkpoint")
+        })?,
+    };
+    Ok((train, run_dir, spec.task_id.as_str().to_owned()))
+}
+
+/// The run folder that a checkpoint, a weights file or the folder itself belongs to.
+fn run_folder_of(path: &Path) -> Result<PathBuf, CliError> {
+    let folder = path.ancestors().take(3).find(|folder| folder.join("state").is_dir());
+    folder.map(Path::to_owned).ok_or_else(|| {
+        CliError::usage(format!("{} is not in a run folder that holds checkpoints", path.display()))
+    })
+}
+
+/// Arguments of a run that goes on, from its folder.
+fn resumed_args(folder: &Path, items: &[String]) -> Result<(TrainArgs, PathBuf, String), CliError> {
+    let folder = run_folder_of(folder)?;
+    let (file, top) = overrides(items)?;
+    if let Some(file) = file {
+        return Err(CliError::usage(format!("{file:?}: a run that is resumed has its arguments in its folder")));
+    }
+    let path = folder.join("args.yaml");
+    let source = path.to_string_lossy().into_owned();
+    let text = std::fs::read(&path).map_err(|e| CliError::usage_from(format!("cannot read {source}"), e))?;
+    let saved = yaml::parse(&text, &source).map_err(|e| CliError::usage(e.to_string()))?;
+    let merged = match top.get("train") {
+        Some(train) => saved.merged_with(train),
+        None => saved,
+    };
+    let mut faults = Faults::new(&source);
+    let (args, report) = TrainArgs::read(&merged, "train", &mut faults);
+    faults.extend(report.refused);
+    match args {
+        Some(args) if faults.is_empty() => {
+            let name = folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            Ok((args, folder, name))
+        }
+        _ => Err(CliError::usage(faults.to_string())),
+    }
+}

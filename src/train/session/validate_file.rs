@@ -1,0 +1,128 @@
+//! Validation of a weights file, outside any run.
+
+use std::path::{Path, PathBuf};
+
+use super::network::{Network, Spare};
+use super::pretrained::load_model;
+use super::{Validation, ValidationArgs, pictures, prepare, validate};
+use crate::data::cache::CacheArgs;
+use crate::data::{Dataset, DatasetOptions, LoaderArgs, Split, SplitName, ValLoader};
+use crate::detect::losses::detection::LossConfig;
+use crate::detect::nms::NmsArgs;
+use crate::train::error::TrainError;
+use crate::train::files;
+
+/// Input size when neither the caller nor the file says one.
+const IMGSZ_DEFAULT: usize = 640;
+
+/// What to validate, on what.
+#[derive(Clone, Debug)]
+pub struct ValidateFileArgs {
+    /// Weights file.
+    pub weights: PathBuf,
+    /// Dataset YAML or folder.
+    pub data: PathBuf,
+    /// Split: train, val, test or minival.
+    pub split: String,
+    /// Input size, pixels; that of the training when not given.
+    pub imgsz: Option<usize>,
+    /// Images per batch.
+    pub batch: usize,
+    /// Score threshold.
+    pub conf: f32,
+    /// IoU threshold of the suppression.
+    pub iou: f64,
+    /// Detections kept per image.
+    pub max_det: usize,
+    /// Rectangular batches.
+    pub rect: bool,
+    /// Folder for plots.
+    pub plots: Option<PathBuf>,
+    /// File for the detections in the COCO results format.
+    pub json: Option<PathBuf>,
+    /// Loader threads.
+    pub workers: usize,
+    /// Compute threads; 0 takes all cores.
+    pub threads: usize,
+}
+
+/// Validates a weights file; `None` when told to stop. Also gives the class names.
+///
+/// # Errors
+/// Weights, data or sizes that cannot be used.
+pub fn validate_file(
+    args: &ValidateFileArgs,
+    should_stop: &mut dyn FnMut() -> bool,
+) -> Result<Option<(Validation, Vec<String>)>, TrainError> {
+    let model = load_model(&args.weights)?;
+    let split = open_split(args, &model.names())?;
+    let (split, names) = split;
+    let stride = 32;
+    let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT).next_multiple_of(stride);
+    let mut network = Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), args.threads)?;
+    model.load_into(&args.weights, &mut network.params)?;
+    let data_error = |e| prepare::data_error(&args.data.to_string_lossy(), e);
+    let loader = LoaderArgs {
+        imgsz,
+        batch: args.batch,
+        workers: args.workers.min(crate::data::loader::WORKERS_MAX),
+        prefetch: None,
+        cache: CacheArgs::default(),
+        seed: 0,
+        rect: args.rect,
+        stride,
+        decode_always: false,
+    };
+    let mut loader = ValLoader::new(&split, loader).map_err(data_error)?;
+    let nms = NmsArgs { conf: args.conf, iou: args.iou, max_det: args.max_det, ..NmsArgs::validation() };
+    if let Some(folder) = &args.plots {
+        files::create_folder(folder)?;
+    }
+    let validation = ValidationArgs {
+        nms,
+        batch: args.batch,
+        imgsz,
+        stride,
+        workers: args.workers,
+        reg_max: network.reg_max(),
+        rect: args.rect,
+        pictures: args.plots.clone(),
+        json: args.json.clone(),
+    };
+    let mut spare = Spare::default();
+    let found = validate(&mut network, &mut spare, (&split, &mut loader), &names, &validation, should_stop)?;
+    let Some(found) = found else { return Ok(None) };
+    if let Some(folder) = &args.plots {
+        draw(folder, &found, &names)?;
+    }
+    Ok(Some((found, names)))
+}
+
+fn draw(folder: &Path, validation: &Validation, names: &[String]) -> Result<(), TrainError> {
+    for drawn in pictures::of_validation_run(folder, validation, names) {
+        drawn.map_err(|e| TrainError::storage("draw into", folder, std::io::Error::other(e.to_string())))?;
+    }
+    Ok(())
+}
+
+/// Opens the split; its classes must be those of the model.
+fn open_split(args: &ValidateFileArgs, model_names: &[String]) -> Result<(Split, Vec<String>), TrainError> {
+    let name = SplitName::from_key(&args.split).ok_or_else(|| TrainError::Config {
+        key: "split".into(),
+        message: format!("got {:?}; allowed: train, val, test, minival", args.split),
+    })?;
+    let data = args.data.to_string_lossy();
+    let options = DatasetOptions { splits: vec![name], ..DatasetOptions::default() };
+    let dataset = Dataset::open(&args.data, &options).map_err(|e| prepare::data_error(&data, e))?;
+    if dataset.names.len() != model_names.len() {
+        let message = format!(
+            "it has {} classes, the model was trained for {}: {}",
+            dataset.names.len(),
+            model_names.len(),
+            model_names.join(", ")
+        );
+        return Err(TrainError::Data { path: args.data.clone(), message, source: None });
+    }
+    let split = dataset.split(name).map_err(|e| prepare::data_error(&data, e))?.clone();
+    Ok((split, dataset.names))
+}

@@ -1,0 +1,7 @@
+//! The service as a user meets it: the built program, a folder, a trainer that speaks the protocol.
+
+mod crashes;
+mod intake;
+mod lifecycle;
+mod storage;
+mod world;

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# A trainer that trains nothing: it speaks the protocol of `train-child` (JSON lines out, `stop` and `checkpoint` in, a
+# result file, exit codes), so that the service can be tested in seconds.
+#
+# What it does is said by the job's `train.data`: stub:steps=20,pause=0.02,fail=12@5,...
+#   steps=N      steps to do; each is a durable "checkpoint"      pause=S      seconds per step
+#   fail=C@N     exit with code C after step N, first attempt     always=C@N   the same in every attempt
+#   signal=S@N   die of signal S after step N, first attempt      hang=N       say nothing more after step N, first attempt
+#   deaf=1       ignore `stop`, `checkpoint`, end of input and SIGTERM
+#   junk=1       print lines that are no events                   quiet=1      leave no result file
+set -u
+[[ $1 == train-child && $2 == --spec ]] || exit 10
+spec=$(<"$3")
+text() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p" <<<"$spec"; }
+task_id=$(text task_id) run_dir=$(text run_dir) result_path=$(text result_path) data=$(text data)
+attempt=$(sed -n 's/.*"attempt":\([0-9]*\).*/\1/p' <<<"$spec")
+option() {
+    local part parts
+    IFS=, read -ra parts <<<"${data#*:}"
+    for part in "${parts[@]}"; do [[ $part == "$1="* ]] && { printf '%s' "${part#*=}"; return; }; done
+    printf '%s' "$2"
+}
+steps=$(option steps 20) pause=$(option pause 0.02) fail=$(option fail '') always=$(option always '')
+signal=$(option signal '') hang=$(option hang '') deaf=$(option deaf '') junk=$(option junk '') quiet=$(option quiet '')
+
+say() { printf '%s\n' "$1"; }
+result() { # status fitness
+    [[ -n $quiet ]] && return
+    printf '{"task_id":"%s","attempt":%s,"status":"%s","fitness":%s,"metrics":{"metrics/mAP50(B)":0.91},"epochs":%s,"best":"%s/weights/best"}' \
+        "$task_id" "$attempt" "$1" "$2" "$step" "$run_dir" >"$result_path.tmp" || exit 15
+    mv "$result_path.tmp" "$result_path" || exit 15
+}
+save() { printf '%s' "$step" >"$run_dir/stub_step.tmp" && mv "$run_dir/stub_step.tmp" "$run_dir/stub_step" || exit 15; }
+[[ -n $deaf ]] && trap '' TERM INT
+[[ -z $deaf ]] && trap 'save; exit 131' TERM
+
+step=0
+[[ -s $run_dir/stub_step ]] && step=$(<"$run_dir/stub_step")
+# Proofs of what must never happen: training after completion, and two trainers at once.
+[[ -e $run_dir/complete ]] && echo "attempt $attempt after completion" >>"$run_dir/violations"
+if [[ -e $run_dir/pid ]] && kill -0 "$(<"$run_dir/pid")" 2>/dev/null; then echo "two at once" >>"$run_dir/violations"; fi
+printf '%s' $$ >"$run_dir/pid" || exit 15
+echo "$attempt from $step" >>"$run_dir/attempts" || exit 15
+echo "12:00:00 | WARNING  | stub trainer speaks" >&2
+[[ -n $junk ]] && { say 'this is no event'; say '{"half": '; say '[1, 2]'; printf 'no end of line\n'; }
+say '{"event":"started","task_id":"'"$task_id"'","pid":'$$'}'
+say '{"event":"plan","batch":4,"batches":1,"epochs":'"$steps"'}'
+
+while ((step < steps)); do
+    if [[ -n $deaf ]]; then
+        sleep "$pause"
+    elif read -r -t "$pause" line; then
+        case $line in
+        stop)
+            save
+            result cancelled null
+            say '{"event":"finished","outcome":"stopped","metrics":{},"epochs":'"$step"'}'
+            exit 130
+            ;;
+        checkpoint) save && say '{"event":"checkpoint","path":"stub_step","epoch":'"$step"',"step":'"$step"'}' ;;
+        esac
+    elif (($? <= 128)); then
+        save
+        exit 131
+    fi
+    step=$((step + 1))
+    save
+    echo "$step" >>"$run_dir/steps"
+    say '{"event":"step","epoch":'"$step"',"batch":1,"batches":1,"box_loss":1.5,"images_per_second":50.0}'
+    say '{"event":"epoch","epoch":'"$step"',"epochs":'"$steps"',"columns":{"train/box_loss":1.5},"fitness":0.5,"is_best":true}'
+    if [[ $hang == "$step" && $attempt == 1 ]]; then sleep 1000; fi
+    if [[ -n $signal && $attempt == 1 && ${signal#*@} == "$step" ]]; then kill "-${signal%@*}" $$; sleep 5; fi
+    for order in "$always" "$([[ $attempt == 1 ]] && printf '%s' "$fail")"; do
+        if [[ -n $order && ${order#*@} == "$step" ]]; then
+            say '{"event":"failed","class":"stub","message":"the stub failed on purpose at step '"$step"'"}'
+            exit "${order%@*}"
+        fi
+    done
+done
+result completed 0.5
+echo "$attempt" >>"$run_dir/complete"
+say '{"event":"finished","outcome":"completed","metrics":{"metrics/mAP50(B)":0.91},"fitness":0.5,"epochs":'"$steps"'}'
+exit 0
