@@ -18,6 +18,9 @@ use crate::yaml::{self, Faults, Node};
 /// Keys of a job that are not under `train`.
 const TOP_KEYS: [&str; 3] = ["model", "type", "task_id"];
 
+/// Training keys that choose the run folder.
+const PLACE_KEYS: [&str; 3] = ["project", "name", "exist_ok"];
+
 /// Train one job in the foreground
 #[derive(clap::Args)]
 pub struct Args {
@@ -156,10 +159,12 @@ fn fresh_args(args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
     let text = if has_overrides || file.is_none() { top.to_json().to_string().into_bytes() } else { text };
     let loaded = JobSpec::load(&text, source, &context).map_err(|e| CliError::usage(e.to_string()))?;
     let spec = loaded.runnable().map_err(|e| CliError::usage(e.to_string()))?;
-    for note in spec.ignored.iter().chain(&spec.overridden) {
+    let is_place = |key: &str| PLACE_KEYS.iter().any(|place| key.strip_prefix("train.") == Some(place));
+    for note in spec.ignored.iter().chain(&spec.overridden).filter(|note| !is_place(&note.key)) {
         eprintln!("note: {}: {}", note.key, note.reason);
     }
-    let train = spec.args;
+    let mut train = spec.args;
+    place(&mut train, context.base.as_ref(), &text, source)?;
     let (project, name) = (train.project.as_deref(), train.name.as_deref());
     let run_dir = match (&args.resume, &train.resume) {
         (None, Source::Off) => RunFolder::claim(project, name, train.exist_ok).map_err(cli_error)?,
@@ -169,6 +174,18 @@ fn fresh_args(args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
         })?,
     };
     Ok((train, run_dir, spec.task_id.as_str().to_owned()))
+}
+
+/// In the foreground `project`, `name` and `exist_ok` choose the run folder, which for the service its own
+/// tree does: they are taken from the job as it was written.
+fn place(train: &mut TrainArgs, base: Option<&Node>, text: &[u8], source: &str) -> Result<(), CliError> {
+    let top = yaml::parse(text, source).map_err(|e| CliError::usage(e.to_string()))?;
+    let written = base.map_or_else(|| top.clone(), |base| base.merged_with(&top));
+    let Some(written) = written.get("train") else { return Ok(()) };
+    train.project = written.get("project").and_then(Node::as_text);
+    train.name = written.get("name").and_then(Node::as_text);
+    train.exist_ok = written.get("exist_ok").and_then(Node::as_bool).unwrap_or(false);
+    Ok(())
 }
 
 /// The run folder that a checkpoint, a weights file or the folder itself belongs to.
