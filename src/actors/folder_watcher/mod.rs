@@ -31,6 +31,8 @@ use settled::{Settle, SettleTable};
 pub const FILES_MAX: usize = 10_000;
 /// Files decided in one look; the others follow in the next.
 const BATCH_MAX: usize = 64;
+/// How long a file that came to no verdict is left alone.
+const POSTPONE: Duration = Duration::from_secs(1);
 /// A file may be this large; one byte more is read, so that the refusal can be exact.
 const BYTES_MAX: u64 = 1 << 20;
 
@@ -118,18 +120,19 @@ impl FolderWatcher {
     }
 
     fn look(&mut self, ctx: &mut Context<Self>) {
+        // The plan that led here is used up, also when the look itself has to wait.
+        self.look_due = None;
         if self.looking {
             self.look_again = true;
             return;
         }
-        (self.looking, self.look_again, self.look_due) = (true, false, None);
+        (self.looking, self.look_again) = (true, false);
         let (configs_dir, stop_dir) = (self.config.configs_dir.clone(), self.config.stop_dir());
         let work = tokio::task::spawn_blocking(move || {
             (listing::jobs(&configs_dir, FILES_MAX), listing::stop_files(&stop_dir, FILES_MAX))
         });
         ctx.spawn(work.into_actor(self).map(|result, actor, ctx| match result {
             Ok((Ok(jobs), Ok(stops))) => {
-                actor.complaint = None;
                 actor.consider(jobs, stops, ctx);
             }
             Ok((jobs, stops)) => {
@@ -189,16 +192,22 @@ impl FolderWatcher {
     fn looked(&mut self, ctx: &mut Context<Self>) {
         self.looking = false;
         self.looks_done += 1;
-        let poll = Duration::from_millis(self.config.watch.poll_interval_ms);
-        let due = self.table.next_due(Instant::now()).unwrap_or(poll).min(poll);
-        self.look_in(if self.look_again { Duration::ZERO } else { due }, ctx);
+        if self.look_again {
+            self.look_in(Duration::ZERO, ctx);
+        } else if let Some(due) = self.table.next_due(Instant::now()) {
+            self.look_in(due, ctx);
+        }
     }
 
     /// Reports what became of a file.
     fn tell(&mut self, path: &Path, seen: Seen, verdict: Result<Taken, QueueError>) {
         let name = path.display();
         match verdict {
-            Ok(Taken::Moved) => return,
+            Ok(Taken::Moved) => return self.table.postpone(path, Instant::now() + POSTPONE),
+            Ok(Taken::Unreadable(error)) => {
+                self.complain(format!("{name} cannot be read: {error}"));
+                return self.table.postpone(path, Instant::now() + POSTPONE);
+            }
             Ok(Taken::Decided(Verdict::Accepted(record))) => {
                 super::supervisor::prepare_log(&record);
                 tracing::info!(task_id = %record.task_id, "{name} is accepted");
@@ -223,7 +232,7 @@ impl FolderWatcher {
                 let cause =
                     std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
                 self.complain(format!("cannot write the verdict on {name} into the journal: {error}{cause}"));
-                return;
+                return self.table.postpone(path, Instant::now() + POSTPONE);
             }
         }
         self.table.decided(path, seen);
@@ -269,8 +278,10 @@ impl FolderWatcher {
 
 /// A file that was read.
 enum Taken {
-    /// It changed while it was read; the next look takes it.
+    /// It changed while it was read; a later look takes it.
     Moved,
+    /// The system does not let us read it.
+    Unreadable(std::io::Error),
     /// It has a verdict.
     Decided(Verdict),
 }
@@ -285,7 +296,10 @@ async fn take(
     let submission = {
         let path = path.to_owned();
         match tokio::task::spawn_blocking(move || read(&path, seen)).await {
-            Ok(Some(submission)) => submission,
+            Ok(Ok(Some(submission))) => submission,
+            Ok(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Ok(Taken::Unreadable(error));
+            }
             _ => return Ok(Taken::Moved),
         }
     };
@@ -322,19 +336,20 @@ async fn sidecar_text(
     })
 }
 
-/// Reads a file that is still as it was seen.
-fn read(path: &Path, seen: Seen) -> Option<Submission> {
+/// Reads a file; `None` when it is no longer as it was seen.
+fn read(path: &Path, seen: Seen) -> std::io::Result<Option<Submission>> {
     use std::io::Read;
-    let file = std::fs::File::open(path).ok()?;
+    let file = std::fs::File::open(path)?;
     let mut bytes = Vec::new();
-    file.take(BYTES_MAX + 1).read_to_end(&mut bytes).ok()?;
-    (listing::seen(path).ok()? == seen).then(|| Submission {
+    file.take(BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    let same = listing::seen(path)? == seen;
+    Ok(same.then(|| Submission {
         source: path.to_string_lossy().into_owned(),
         bytes,
         modified_unix_ms: seen.modified_unix_ms,
         keep_verdict: true,
         again: false,
-    })
+    }))
 }
 
 type Judged = (Option<crate::job::ids::TaskId>, StopVerdict);
@@ -359,6 +374,10 @@ impl Actor for FolderWatcher {
         ctx.set_mailbox_capacity(256);
         self.watch(ctx);
         self.look(ctx);
+        // Whatever events and plans do, the folders are read this often.
+        ctx.run_interval(Duration::from_millis(self.config.watch.poll_interval_ms), |actor, ctx| {
+            actor.look(ctx)
+        });
     }
 }
 

@@ -43,6 +43,8 @@ struct Known {
     decided: bool,
     /// When it may be taken.
     due: Instant,
+    /// Not before this, after an attempt that came to nothing.
+    postponed: Option<Instant>,
 }
 
 /// What was seen of each file of a folder.
@@ -77,15 +79,28 @@ impl SettleTable {
             let heard = self.heard.remove(&path);
             let mut known = match before.remove(&path) {
                 Some(known) if known.seen == seen => known,
-                Some(known) => Known { seen, since: now, settle: known.settle, decided: false, due: now },
-                None => {
-                    Known { seen, since: now, settle: first_guess(seen, config), decided: false, due: now }
-                }
+                Some(known) => Known {
+                    seen,
+                    since: now,
+                    settle: known.settle,
+                    decided: false,
+                    due: now,
+                    postponed: None,
+                },
+                None => Known {
+                    seen,
+                    since: now,
+                    settle: first_guess(seen, config),
+                    decided: false,
+                    due: now,
+                    postponed: None,
+                },
             };
             if let Some(settle) = heard {
                 known.settle = settle;
             }
             known.due = known.since + known.settle.rest(config);
+            known.due = known.postponed.map_or(known.due, |postponed| known.due.max(postponed));
             if !known.decided && now >= known.due {
                 ready.push((path.clone(), seen));
             }
@@ -102,10 +117,17 @@ impl SettleTable {
         }
     }
 
+    /// Notes that a file came to no verdict (it could not be read, the journal refused) and is left until `until`.
+    pub(super) fn postpone(&mut self, path: &Path, until: Instant) {
+        if let Some(known) = self.files.get_mut(path) {
+            known.postponed = Some(until);
+            known.due = known.due.max(until);
+        }
+    }
+
     /// How long until the next file may be taken; `None` when every file has its verdict.
     pub(super) fn next_due(&self, now: Instant) -> Option<Duration> {
         let waiting = self.files.values().filter(|known| !known.decided);
-        // A file that is due but could not be decided (the journal refused) is tried again a little later.
         waiting.map(|known| known.due.saturating_duration_since(now).max(Duration::from_millis(10))).min()
     }
 }
@@ -154,5 +176,8 @@ mod tests {
             "changed: rests again"
         );
         assert_eq!(table.next_due(at(99_500)), Some(Duration::from_millis(100)));
+        table.postpone(&path, at(101_000));
+        assert!(table.update(listing_of(folder.path()), &CONFIG, at(100_999)).is_empty(), "postponed");
+        assert_eq!(table.update(listing_of(folder.path()), &CONFIG, at(101_000)).len(), 1);
     }
 }

@@ -6,11 +6,17 @@
 //! trainers stop too. Limits: one handler at a time (each waits for the journal, none blocks the thread); progress is
 //! written once a second at most; a journal that refuses is asked again every two seconds.
 
+mod progress;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, WrapFuture};
 use serde_json::{Map, Value as Json};
+
+use progress::{log_event, merge_progress};
+
+pub(super) use progress::prepare_log;
 
 use super::endings::{self, Ending};
 use super::folder_watcher::{FolderWatcher, Look};
@@ -331,81 +337,6 @@ pub fn request_stop(
         }
         JobState::Stopping | JobState::Completed | JobState::Failed | JobState::Cancelled => Ok(None),
     }
-}
-
-/// Gives the job's log the level and format that the job asked for; called before the first line about it.
-pub(super) fn prepare_log(record: &JobRecord) {
-    let spec = &record.spec;
-    crate::adapters::logs::set_job_log(
-        record.task_id.as_str(),
-        spec.log_level.as_deref(),
-        spec.log_format.as_deref(),
-    );
-}
-
-/// Keeps the last word of each kind that a status shows.
-fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event: &Json) {
-    let Some(fields) = event.as_object() else { return };
-    if matches!(kind, "step" | "epoch_started" | "memory" | "plan") {
-        for (key, value) in fields.iter().filter(|(key, _)| *key != "event" && *key != "time_unix_ms") {
-            progress.insert(key.clone(), value.clone());
-        }
-    } else if matches!(kind, "epoch" | "checkpoint") {
-        progress.insert(format!("last_{kind}"), event.clone());
-    }
-}
-
-fn log_event(task_id: &str, kind: &str, event: &Json) {
-    match kind {
-        "warning" => tracing::warn!(task_id, "{}", event["message"].as_str().unwrap_or_default()),
-        "failed" => {
-            tracing::error!(task_id, "{}", event["message"].as_str().unwrap_or("the trainer failed"));
-        }
-        "epoch" => {
-            let columns = event["columns"].as_object();
-            let figures: Vec<String> = columns
-                .into_iter()
-                .flatten()
-                .filter(|(name, _)| name.as_str() != "epoch" && name.as_str() != "time")
-                .map(|(name, value)| format!("{name} {value}"))
-                .collect();
-            tracing::info!(task_id, "epoch {}/{}: {}", event["epoch"], event["epochs"], figures.join(", "));
-        }
-        "started" => {
-            tracing::info!(task_id, "trainer started: {}", figures(event, &["model", "data", "pid"]))
-        }
-        "plan" => {
-            let keys = [
-                "batch",
-                "imgsz",
-                "images",
-                "val_images",
-                "batches",
-                "epochs",
-                "optimizer",
-                "lr0",
-                "threads",
-            ];
-            tracing::info!(task_id, "plan: {}", figures(event, &keys));
-        }
-        "finished" => {
-            tracing::info!(task_id, "trainer finished: {}", figures(event, &["outcome", "epochs", "fitness"]))
-        }
-        "checkpoint" => {
-            tracing::debug!(task_id, "checkpoint: {}", figures(event, &["path", "epoch", "step"]))
-        }
-        _ => tracing::debug!(task_id, "{kind}: {event}"),
-    }
-}
-
-/// Those of the named fields that an event has, as `name value, name value`.
-fn figures(event: &Json, keys: &[&str]) -> String {
-    let present = keys.iter().filter(|key| !event[**key].is_null());
-    let spelt = present.map(|key| {
-        let value = event[*key].as_str().map_or_else(|| event[*key].to_string(), str::to_owned);
-        format!("{key} {value}")
-    });
-    spelt.collect::<Vec<_>>().join(", ")
 }
 
 fn log_journal(what: &str, error: &QueueError) {

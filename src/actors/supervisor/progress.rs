@@ -1,0 +1,81 @@
+//! Session events on their way to people: the last sign of progress, and the lines of the job's log.
+
+use serde_json::{Map, Value as Json};
+
+use crate::job::record::JobRecord;
+
+/// Gives the job's log the level and format that the job asked for; called before the first line about it.
+pub(in crate::actors) fn prepare_log(record: &JobRecord) {
+    let spec = &record.spec;
+    crate::adapters::logs::set_job_log(
+        record.task_id.as_str(),
+        spec.log_level.as_deref(),
+        spec.log_format.as_deref(),
+    );
+}
+
+/// Keeps the last word of each kind that a status shows.
+pub(super) fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event: &Json) {
+    let Some(fields) = event.as_object() else { return };
+    if matches!(kind, "step" | "epoch_started" | "memory" | "plan") {
+        for (key, value) in fields.iter().filter(|(key, _)| *key != "event" && *key != "time_unix_ms") {
+            progress.insert(key.clone(), value.clone());
+        }
+    } else if matches!(kind, "epoch" | "checkpoint") {
+        progress.insert(format!("last_{kind}"), event.clone());
+    }
+}
+
+/// Writes an event as a line for people.
+pub(super) fn log_event(task_id: &str, kind: &str, event: &Json) {
+    match kind {
+        "warning" => tracing::warn!(task_id, "{}", event["message"].as_str().unwrap_or_default()),
+        "failed" => {
+            tracing::error!(task_id, "{}", event["message"].as_str().unwrap_or("the trainer failed"));
+        }
+        "epoch" => {
+            let columns = event["columns"].as_object();
+            let figures: Vec<String> = columns
+                .into_iter()
+                .flatten()
+                .filter(|(name, _)| name.as_str() != "epoch" && name.as_str() != "time")
+                .map(|(name, value)| format!("{name} {value}"))
+                .collect();
+            tracing::info!(task_id, "epoch {}/{}: {}", event["epoch"], event["epochs"], figures.join(", "));
+        }
+        "started" => {
+            tracing::info!(task_id, "trainer started: {}", figures(event, &["model", "data", "pid"]))
+        }
+        "plan" => {
+            let keys = [
+                "batch",
+                "imgsz",
+                "images",
+                "val_images",
+                "batches",
+                "epochs",
+                "optimizer",
+                "lr0",
+                "threads",
+            ];
+            tracing::info!(task_id, "plan: {}", figures(event, &keys));
+        }
+        "finished" => {
+            tracing::info!(task_id, "trainer finished: {}", figures(event, &["outcome", "epochs", "fitness"]))
+        }
+        "checkpoint" => {
+            tracing::debug!(task_id, "checkpoint: {}", figures(event, &["path", "epoch", "step"]))
+        }
+        _ => tracing::debug!(task_id, "{kind}: {event}"),
+    }
+}
+
+/// Those of the named fields that an event has, as `name value, name value`.
+fn figures(event: &Json, keys: &[&str]) -> String {
+    let present = keys.iter().filter(|key| !event[**key].is_null());
+    let spelt = present.map(|key| {
+        let value = event[*key].as_str().map_or_else(|| event[*key].to_string(), str::to_owned);
+        format!("{key} {value}")
+    });
+    spelt.collect::<Vec<_>>().join(", ")
+}
