@@ -46,6 +46,7 @@ pub fn recover(
 ) -> Result<Vec<JobRecord>, QueueError> {
     let mut changed = Vec::new();
     for record in journal.active()? {
+        super::supervisor::prepare_log(&record);
         let mut left = process::with_argument(&child_spec_path(state_dir, &record.task_id));
         left.extend(record.process.filter(|&process| process::is_alive(process)));
         for process in left {
@@ -67,4 +68,100 @@ pub fn recover(
         changed.push(settled);
     }
     Ok(changed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+
+    use super::*;
+    use crate::job::record::{Change, NewJob};
+    use crate::job::spec::JobSpec;
+
+    fn running(journal: &mut Journal, config: &ServiceConfig, folder: &Path, id: &str) -> JobRecord {
+        let text = format!("model: yolov8n\ntype: yolo\ntask_id: {id}\ntrain: {{data: d}}\n");
+        let spec =
+            JobSpec::load(text.as_bytes(), "t", &config.spec_context(folder.to_owned())).expect("valid").spec;
+        let run_dir = spec.run_dir();
+        std::fs::create_dir_all(&run_dir).expect("writable");
+        let new =
+            NewJob { spec, source: "t".into(), content_sha256: "0".into(), run_dir, reason: "waits".into() };
+        let record = journal.accept(new, None).expect("accepted");
+        journal.begin_attempt(record.seq, "starts").expect("legal");
+        journal.change(record.seq, Change::to(JobState::Running, "trains")).expect("legal")
+    }
+
+    fn result(record: &JobRecord, attempt: u32, status: &str) {
+        let result = ChildResult {
+            task_id: record.task_id.to_string(),
+            attempt,
+            status: status.into(),
+            class: Some("data".into()),
+            reason: Some("no images".into()),
+            fitness: Some(0.25),
+            metrics: serde_json::Map::new(),
+            best: None,
+            last: None,
+            epochs: Some(3),
+        };
+        result.write(&result_path(&record.run_dir)).expect("writable");
+    }
+
+    #[test]
+    fn what_a_dead_service_left_is_put_in_order() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = ServiceConfig::default();
+        let mut journal = Journal::in_memory().expect("opens");
+        let ids = ["plain", "finished", "failed", "older", "stopping", "waiting"];
+        let mut records: Vec<JobRecord> =
+            ids.iter().map(|id| running(&mut journal, &config, folder.path(), id)).collect();
+        result(&records[1], 1, "completed");
+        result(&records[2], 1, "failed");
+        result(&records[3], 0, "completed");
+        records[4] = journal.change(records[4].seq, Change::to(JobState::Stopping, "asked")).expect("legal");
+        journal.change(records[5].seq, Change::to(JobState::Interrupted, "before")).expect("legal");
+        let changed = recover(&mut journal, &config, folder.path()).expect("recovers");
+        let states: Vec<(&str, JobState)> =
+            changed.iter().map(|record| (record.task_id.as_str(), record.state)).collect();
+        assert_eq!(
+            states,
+            [
+                ("plain", JobState::Interrupted),
+                ("finished", JobState::Completed),
+                ("failed", JobState::Failed),
+                ("older", JobState::Interrupted),
+                ("stopping", JobState::Cancelled),
+            ]
+        );
+        assert_eq!(changed[2].reason, "no images");
+        assert!(
+            recover(&mut journal, &config, folder.path()).expect("recovers").is_empty(),
+            "once is enough"
+        );
+    }
+
+    #[test]
+    fn a_trainer_that_outlived_its_service_is_killed_first() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = ServiceConfig::default();
+        let mut journal = Journal::in_memory().expect("opens");
+        let known = running(&mut journal, &config, folder.path(), "known");
+        let unheard = running(&mut journal, &config, folder.path(), "unheard");
+        let start = |arguments: &[&std::ffi::OsStr]| {
+            let mut command = std::process::Command::new("sh");
+            command.args(["-c", "sleep 60"]).args(arguments).process_group(0);
+            command.spawn().expect("sh is everywhere")
+        };
+        let mut one = start(&[]);
+        let process = process::identify(one.id()).expect("it runs");
+        journal.set_process(known.seq, Some(process)).expect("stored");
+        let spec = child_spec_path(folder.path(), &unheard.task_id);
+        let mut two = start(&["train-child".as_ref(), "--spec".as_ref(), spec.as_os_str()]);
+        let reaper = std::thread::spawn(move || (one.wait(), two.wait()));
+        let changed = recover(&mut journal, &config, folder.path()).expect("recovers");
+        assert!(changed.iter().all(|record| record.state == JobState::Interrupted) && changed.len() == 2);
+        assert!(!process::is_alive(process));
+        let (one, two) = reaper.join().expect("joins");
+        assert!(!one.expect("waits").success() && !two.expect("waits").success());
+    }
 }

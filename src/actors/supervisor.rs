@@ -141,7 +141,7 @@ impl Supervisor {
                 for record in stops {
                     actor.stopped(record, ctx);
                 }
-                actor.start(round);
+                actor.start(round, ctx);
             }
             Err(error) => {
                 log_journal("schedule", &error);
@@ -153,19 +153,20 @@ impl Supervisor {
         }));
     }
 
-    fn start(&mut self, round: Round) {
+    fn start(&mut self, round: Round, ctx: &mut Context<Self>) {
         self.next_due_unix_ms = round.next_due_unix_ms;
+        // A delay that ends before the next tick is kept exactly.
+        if let Some(due_ms) = self.next_due_unix_ms.map(|due| (due - now_unix_ms()).max(1) as u64)
+            && due_ms < TICK.as_millis() as u64
+        {
+            ctx.notify_later(Wake, Duration::from_millis(due_ms));
+        }
         for record in round.starts {
             let Some(slot) = self.slots.iter_mut().find(|slot| slot.busy.is_none()) else {
                 unreachable!("a round starts no more jobs than there are free slots");
             };
+            prepare_log(&record);
             tracing::info!(task_id = %record.task_id, attempt = record.attempts, "starting in {}", record.run_dir.display());
-            let spec = &record.spec;
-            crate::adapters::logs::set_job_log(
-                record.task_id.as_str(),
-                spec.log_level.as_deref(),
-                spec.log_format.as_deref(),
-            );
             self.observer.notice(&Notice::Started(Box::new(record.clone())));
             // do_send: the mailbox has no limit for it, and a closed one ends this actor at the next tick.
             slot.trainer.do_send(Start(Box::new(record.clone())));
@@ -176,6 +177,7 @@ impl Supervisor {
 
     /// Acts on a record that was asked to stop: it is cancelled already, or its trainer is told.
     fn stopped(&mut self, record: JobRecord, ctx: &mut Context<Self>) {
+        prepare_log(&record);
         tracing::info!(task_id = %record.task_id, state = %record.state, "{}", record.reason);
         if record.state == JobState::Stopping {
             let grace_ms = self.config.stop_grace_ms;
@@ -331,6 +333,16 @@ pub fn request_stop(
     }
 }
 
+/// Gives the job's log the level and format that the job asked for; called before the first line about it.
+pub(super) fn prepare_log(record: &JobRecord) {
+    let spec = &record.spec;
+    crate::adapters::logs::set_job_log(
+        record.task_id.as_str(),
+        spec.log_level.as_deref(),
+        spec.log_format.as_deref(),
+    );
+}
+
 /// Keeps the last word of each kind that a status shows.
 fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event: &Json) {
     let Some(fields) = event.as_object() else { return };
@@ -359,9 +371,41 @@ fn log_event(task_id: &str, kind: &str, event: &Json) {
                 .collect();
             tracing::info!(task_id, "epoch {}/{}: {}", event["epoch"], event["epochs"], figures.join(", "));
         }
-        "plan" | "started" | "checkpoint" | "finished" => tracing::info!(task_id, "{kind}: {event}"),
+        "started" => {
+            tracing::info!(task_id, "trainer started: {}", figures(event, &["model", "data", "pid"]))
+        }
+        "plan" => {
+            let keys = [
+                "batch",
+                "imgsz",
+                "images",
+                "val_images",
+                "batches",
+                "epochs",
+                "optimizer",
+                "lr0",
+                "threads",
+            ];
+            tracing::info!(task_id, "plan: {}", figures(event, &keys));
+        }
+        "finished" => {
+            tracing::info!(task_id, "trainer finished: {}", figures(event, &["outcome", "epochs", "fitness"]))
+        }
+        "checkpoint" => {
+            tracing::debug!(task_id, "checkpoint: {}", figures(event, &["path", "epoch", "step"]))
+        }
         _ => tracing::debug!(task_id, "{kind}: {event}"),
     }
+}
+
+/// Those of the named fields that an event has, as `name value, name value`.
+fn figures(event: &Json, keys: &[&str]) -> String {
+    let present = keys.iter().filter(|key| !event[**key].is_null());
+    let spelt = present.map(|key| {
+        let value = event[*key].as_str().map_or_else(|| event[*key].to_string(), str::to_owned);
+        format!("{key} {value}")
+    });
+    spelt.collect::<Vec<_>>().join(", ")
 }
 
 fn log_journal(what: &str, error: &QueueError) {

@@ -4,7 +4,7 @@
 #
 # What it does is said by the job's `train.data`: stub:steps=20,pause=0.02,fail=12@5,...
 #   steps=N      steps to do; each is a durable "checkpoint"      pause=S      seconds per step
-#   fail=C@N     exit with code C after step N, first attempt     always=C@N   the same in every attempt
+#   fail=C@N     exit with code C after step N, first attempt     always=C@N   the same in every attempt, from step N on
 #   signal=S@N   die of signal S after step N, first attempt      hang=N       say nothing more after step N, first attempt
 #   deaf=1       ignore `stop`, `checkpoint`, end of input and SIGTERM
 #   junk=1       print lines that are no events                   quiet=1      leave no result file
@@ -38,7 +38,10 @@ step=0
 [[ -s $run_dir/stub_step ]] && step=$(<"$run_dir/stub_step")
 # Proofs of what must never happen: training after completion, and two trainers at once.
 [[ -e $run_dir/complete ]] && echo "attempt $attempt after completion" >>"$run_dir/violations"
-if [[ -e $run_dir/pid ]] && kill -0 "$(<"$run_dir/pid")" 2>/dev/null; then echo "two at once" >>"$run_dir/violations"; fi
+alive() { # neither gone, nor dead and not yet waited for, nor another process of that number
+    grep -qE '^State:.[^ZX]' "/proc/$1/status" 2>/dev/null && grep -qa -- "$task_id.json" "/proc/$1/cmdline" 2>/dev/null
+}
+if [[ -e $run_dir/pid ]] && alive "$(<"$run_dir/pid")"; then echo "two at once" >>"$run_dir/violations"; fi
 printf '%s' $$ >"$run_dir/pid" || exit 15
 echo "$attempt from $step" >>"$run_dir/attempts" || exit 15
 echo "12:00:00 | WARNING  | stub trainer speaks" >&2
@@ -64,18 +67,19 @@ while ((step < steps)); do
         exit 131
     fi
     step=$((step + 1))
+    echo "$step" >>"$run_dir/steps" # before the checkpoint: a kill between the two repeats a step, and loses none
     save
-    echo "$step" >>"$run_dir/steps"
     say '{"event":"step","epoch":'"$step"',"batch":1,"batches":1,"box_loss":1.5,"images_per_second":50.0}'
     say '{"event":"epoch","epoch":'"$step"',"epochs":'"$steps"',"columns":{"train/box_loss":1.5},"fitness":0.5,"is_best":true}'
     if [[ $hang == "$step" && $attempt == 1 ]]; then sleep 1000; fi
     if [[ -n $signal && $attempt == 1 && ${signal#*@} == "$step" ]]; then kill "-${signal%@*}" $$; sleep 5; fi
-    for order in "$always" "$([[ $attempt == 1 ]] && printf '%s' "$fail")"; do
-        if [[ -n $order && ${order#*@} == "$step" ]]; then
-            say '{"event":"failed","class":"stub","message":"the stub failed on purpose at step '"$step"'"}'
-            exit "${order%@*}"
-        fi
-    done
+    order=''
+    [[ -n $fail && $attempt == 1 && ${fail#*@} == "$step" ]] && order=$fail
+    [[ -n $always ]] && ((step >= ${always#*@})) && order=$always
+    if [[ -n $order ]]; then
+        say '{"event":"failed","class":"stub","message":"the stub failed on purpose at step '"$step"'"}'
+        exit "${order%@*}"
+    fi
 done
 result completed 0.5
 echo "$attempt" >>"$run_dir/complete"

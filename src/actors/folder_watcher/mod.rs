@@ -200,6 +200,7 @@ impl FolderWatcher {
         match verdict {
             Ok(Taken::Moved) => return,
             Ok(Taken::Decided(Verdict::Accepted(record))) => {
+                super::supervisor::prepare_log(&record);
                 tracing::info!(task_id = %record.task_id, "{name} is accepted");
                 for note in record.spec.ignored.iter().chain(&record.spec.overridden) {
                     tracing::warn!(task_id = %record.task_id, "key `{}`: {}", note.key, note.reason);
