@@ -74,7 +74,7 @@ impl Observer for Watch {
 impl Watch {
     fn warnings(&self) -> Vec<&str> {
         let text = |e| match e {
-            &SessionEvent::Warning { ref message } => Some(message.as_str()),
+            SessionEvent::Warning { message } => Some(message.as_str()),
             _ => None,
         };
         self.events.iter().filter_map(text).collect()
