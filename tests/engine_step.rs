@@ -57,7 +57,9 @@ impl Setup {
         let mut rng = Rng::new(6, Use::Test, 0, 0);
         executor.input_mut(&train).iter_mut().for_each(|b| *b = rng.next_u32() as u8);
         let gradients = (0..train.output_count())
-            .map(|i| (0..train.output_shape(i).iter().product()).map(|_| rng.normal() as f32 * 1e-2).collect())
+            .map(|i| {
+                (0..train.output_shape(i).iter().product()).map(|_| rng.normal() as f32 * 1e-2).collect()
+            })
             .collect();
         Setup { model, params, train, executor, gradients }
     }
@@ -84,7 +86,10 @@ fn a_step_is_repeatable_and_allocates_nothing() {
     for threads in [2, 3] {
         let mut setup = Setup::new(96, 3, threads, None);
         setup.step();
-        assert!(setup.params.grads == reference.0 && setup.params.buffers == reference.1, "{threads} threads");
+        assert!(
+            setup.params.grads == reference.0 && setup.params.buffers == reference.1,
+            "{threads} threads"
+        );
     }
     // An evaluation at another size leaves its numbers, borders included, all over the arena.
     let other = Detector::build("yolov8n", 7, 160, 128).expect("a shipped model");

@@ -188,7 +188,7 @@ pub fn settle(
     let stopping = record.state == JobState::Stopping;
     match ending {
         Ending::Completed(result) => {
-            let result = with_fitness(result, &record.spec.fitness);
+            let result = with_fitness(result, &record.spec.fitness, &config.machine_id);
             journal.change(seq, Change::to(JobState::Completed, "done").with_result(result))
         }
         Ending::Cancelled(result) => {
@@ -239,8 +239,8 @@ fn fail(
     journal.retry(seq, class, &reason, now_unix_ms + delay_ms as i64)
 }
 
-/// Puts the score that the job asked for under `fitness`, where the metrics have it.
-fn with_fitness(result: Option<Json>, name: &str) -> Option<Json> {
+/// Puts the score that the job asked for under `fitness`, where the metrics have it, and names the machine.
+fn with_fitness(result: Option<Json>, name: &str, machine_id: &str) -> Option<Json> {
     let mut result = result?;
     if name != "fitness"
         && let Some(score) = result.get("metrics").and_then(|metrics| metrics.get(name)).cloned()
@@ -248,6 +248,7 @@ fn with_fitness(result: Option<Json>, name: &str) -> Option<Json> {
         result["fitness"] = score;
     }
     result["fitness_name"] = name.into();
+    result["machine_id"] = machine_id.into();
     Some(result)
 }
 

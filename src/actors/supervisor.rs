@@ -371,9 +371,41 @@ fn log_event(task_id: &str, kind: &str, event: &Json) {
                 .collect();
             tracing::info!(task_id, "epoch {}/{}: {}", event["epoch"], event["epochs"], figures.join(", "));
         }
-        "plan" | "started" | "checkpoint" | "finished" => tracing::info!(task_id, "{kind}: {event}"),
+        "started" => {
+            tracing::info!(task_id, "trainer started: {}", figures(event, &["model", "data", "pid"]))
+        }
+        "plan" => {
+            let keys = [
+                "batch",
+                "imgsz",
+                "images",
+                "val_images",
+                "batches",
+                "epochs",
+                "optimizer",
+                "lr0",
+                "threads",
+            ];
+            tracing::info!(task_id, "plan: {}", figures(event, &keys));
+        }
+        "finished" => {
+            tracing::info!(task_id, "trainer finished: {}", figures(event, &["outcome", "epochs", "fitness"]))
+        }
+        "checkpoint" => {
+            tracing::debug!(task_id, "checkpoint: {}", figures(event, &["path", "epoch", "step"]))
+        }
         _ => tracing::debug!(task_id, "{kind}: {event}"),
     }
+}
+
+/// Those of the named fields that an event has, as `name value, name value`.
+fn figures(event: &Json, keys: &[&str]) -> String {
+    let present = keys.iter().filter(|key| !event[**key].is_null());
+    let spelt = present.map(|key| {
+        let value = event[*key].as_str().map_or_else(|| event[*key].to_string(), str::to_owned);
+        format!("{key} {value}")
+    });
+    spelt.collect::<Vec<_>>().join(", ")
 }
 
 fn log_journal(what: &str, error: &QueueError) {

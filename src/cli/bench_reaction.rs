@@ -96,7 +96,9 @@ fn start(root: &Path, configs: &Path) -> Result<ServiceProcess, CliError> {
     let program = std::env::current_exe().map_err(failed("this program cannot find itself"))?;
     let mut command = Command::new(program);
     command.arg("run").arg(configs).current_dir(root).stdin(Stdio::null());
-    for (name, folder) in [("STATE_DIR", "state"), ("RESULT_PATH", "runs"), ("LOG_DIR", "logs"), ("STOP_DIR", "stop")] {
+    for (name, folder) in
+        [("STATE_DIR", "state"), ("RESULT_PATH", "runs"), ("LOG_DIR", "logs"), ("STOP_DIR", "stop")]
+    {
         command.env(name, root.join(folder));
     }
     std::fs::create_dir_all(root.join("stop")).map_err(failed("the stop folder cannot be made"))?;
@@ -121,7 +123,8 @@ fn one_job(
     let beside = root.join("job.part");
     std::fs::write(&beside, text).map_err(failed("the job file cannot be written"))?;
     let start = Instant::now();
-    std::fs::rename(&beside, configs.join(format!("{id}.yaml"))).map_err(failed("the job file cannot be dropped"))?;
+    std::fs::rename(&beside, configs.join(format!("{id}.yaml")))
+        .map_err(failed("the job file cannot be dropped"))?;
     let task = id.parse().map_err(failed("the task id"))?;
     let journal = Journal::open_existing(state)
         .map_err(failed("the journal cannot be opened"))?
@@ -175,7 +178,8 @@ fn wait<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>, CliError>) ->
 /// Resident memory in MiB, and the share of one core used, over `span` of idleness.
 fn watch_idle(pid: u32, span: Duration) -> Result<(f64, f64), CliError> {
     let read = |name: &str| {
-        std::fs::read_to_string(format!("/proc/{pid}/{name}")).map_err(failed("the system does not tell of processes"))
+        std::fs::read_to_string(format!("/proc/{pid}/{name}"))
+            .map_err(failed("the system does not tell of processes"))
     };
     let ticks = || -> Result<f64, CliError> {
         let stat = read("stat")?;
@@ -212,7 +216,10 @@ fn print(args: &Args, first_step: &mut [f64], cancelled: &mut [f64], idle_mib: f
         println!("{line}");
         return;
     }
-    println!("dropped file to first training step: median {} ms ({} to {}, {} rounds)", step[1], step[0], step[2], args.rounds);
+    println!(
+        "dropped file to first training step: median {} ms ({} to {}, {} rounds)",
+        step[1], step[0], step[2], args.rounds
+    );
     println!("stop file to cancelled:              median {} ms ({} to {})", stop[1], stop[0], stop[2]);
     println!("idle service:                        {idle_mib:.1} MiB, {:.2} % of one core", idle_cpu * 100.0);
 }

@@ -65,13 +65,14 @@ impl Console {
         let Ok(jobs) = self.jobs.lock() else { return };
         let Some(bar) = jobs.get(task_id) else { return };
         let number = |key: &str| event[key].as_f64();
+        if let Some(epochs) = number("epochs").filter(|_| event["event"] != "finished") {
+            bar.set_length((epochs * 1000.0) as u64);
+        }
         match event["event"].as_str() {
             Some("plan") => bar.set_message("first step"),
             Some("step") => {
                 let (epoch, batch) = (number("epoch").unwrap_or(1.0), number("batch").unwrap_or(0.0));
                 let batches = number("batches").unwrap_or(1.0).max(1.0);
-                let epochs = number("epochs").unwrap_or_else(|| bar.length().unwrap_or(1000) as f64 / 1000.0);
-                bar.set_length((epochs * 1000.0) as u64);
                 bar.set_position(((epoch - 1.0 + batch / batches) * 1000.0) as u64);
                 let losses: Vec<String> = ["box_loss", "cls_loss", "dfl_loss"]
                     .iter()
@@ -82,11 +83,6 @@ impl Console {
                 let speed =
                     number("images_per_second").map_or(String::new(), |speed| format!(" {speed:.1} img/s"));
                 bar.set_message(format!("epoch {epoch} batch {batch}/{batches} {}{speed}", losses.join(" ")));
-            }
-            Some("epoch_started" | "epoch") => {
-                if let Some(epochs) = number("epochs") {
-                    bar.set_length((epochs * 1000.0) as u64);
-                }
             }
             _ => {}
         }
@@ -127,7 +123,8 @@ impl Observer for Console {
 pub fn final_metrics(record: &JobRecord) -> String {
     let mut lines = vec![format!("{} completed", record.task_id)];
     let result = record.result.clone().unwrap_or_default();
-    for (name, value) in result["metrics"].as_object().into_iter().flatten() {
+    let metrics = result["metrics"].as_object().into_iter().flatten();
+    for (name, value) in metrics.filter(|(name, _)| name.as_str() != "fitness") {
         let value = value.as_f64().map_or_else(|| value.to_string(), |number| format!("{number:.4}"));
         lines.push(format!("  {name:<24} {value}"));
     }
@@ -135,7 +132,10 @@ pub fn final_metrics(record: &JobRecord) -> String {
         match &result[key] {
             Json::Null => {}
             Json::String(text) => lines.push(format!("  {name:<24} {text}")),
-            other => lines.push(format!("  {name:<24} {other}")),
+            other => {
+                let value = other.as_f64().map_or_else(|| other.to_string(), |number| format!("{number:.4}"));
+                lines.push(format!("  {name:<24} {value}"));
+            }
         }
     }
     lines.push(format!("  {:<24} {}", "run folder", record.run_dir.display()));

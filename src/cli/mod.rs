@@ -162,6 +162,19 @@ fn dispatch(command: Command) -> Result<ExitCode, CliError> {
     }
 }
 
+/// `boxwright status | head` ends like any other program when the reader goes away. Commands that own or are
+/// trainers keep the signal ignored: to them a closed pipe is an error to handle.
+fn end_quietly_on_closed_output(command: &Command) {
+    if matches!(command, Command::Run(_) | Command::Train(_) | Command::TrainChild(_) | Command::Bench(_)) {
+        return;
+    }
+    #[cfg(unix)]
+    // SAFETY: sets the default action before any thread of ours exists.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}
+
 /// Parses the arguments, runs the command and returns its exit code.
 pub fn main() -> ExitCode {
     // The exit codes stand under the help of every command, not only of the program.
@@ -174,6 +187,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
+    end_quietly_on_closed_output(&cli.command);
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {

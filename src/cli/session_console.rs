@@ -45,7 +45,8 @@ impl Console {
     }
 
     fn step(&mut self, event: &SessionEvent, epochs: &str) {
-        let SessionEvent::Step { batch, batches, box_loss, cls_loss, dfl_loss, images_per_second, .. } = event
+        let SessionEvent::Step { batch, batches, box_loss, cls_loss, dfl_loss, images_per_second, .. } =
+            event
         else {
             return;
         };
@@ -81,7 +82,8 @@ impl Observer for Console {
                 self.line(&epoch_line(*epoch, *epochs, columns, *is_best));
             }
             SessionEvent::Warning { message } => self.line(&format!("warning: {message}")),
-            SessionEvent::Checkpoint { .. } | SessionEvent::Finished { .. } | SessionEvent::Failed { .. } => {}
+            SessionEvent::Checkpoint { .. } | SessionEvent::Finished { .. } | SessionEvent::Failed { .. } => {
+            }
         }
     }
 
@@ -92,7 +94,18 @@ impl Observer for Console {
 
 fn plan_line(event: &SessionEvent) -> String {
     let SessionEvent::Plan {
-        parameters, batch, imgsz, threads, images, val_images, epochs, optimizer, lr0, arena_bytes, resumed_step, ..
+        parameters,
+        batch,
+        imgsz,
+        threads,
+        images,
+        val_images,
+        epochs,
+        optimizer,
+        lr0,
+        arena_bytes,
+        resumed_step,
+        ..
     } = event
     else {
         return String::new();
@@ -126,7 +139,12 @@ fn epoch_line(epoch: u32, epochs: u32, columns: &Map<String, Value>, is_best: bo
 }
 
 /// A table with one line for all classes and one for each.
-pub fn metrics_table(images: usize, boxes: usize, metrics: &Map<String, Value>, classes: &[ClassFigures]) -> String {
+pub fn metrics_table(
+    images: usize,
+    boxes: usize,
+    metrics: &Map<String, Value>,
+    classes: &[ClassFigures],
+) -> String {
     let get = |name: &str| value(metrics, name);
     let width = classes.iter().map(|c| c.name.chars().count()).max().unwrap_or(0).clamp(5, 40);
     let mut text = format!(
@@ -139,7 +157,8 @@ pub fn metrics_table(images: usize, boxes: usize, metrics: &Map<String, Value>, 
             "{name:<width$} {images:>8} {boxes:>8} {p:>8.3} {r:>8.3} {map50:>8.4} {map:>9.4}\n"
         ));
     };
-    let all = ["metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metrics/mAP50-95(B)"].map(get);
+    let all =
+        ["metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metrics/mAP50-95(B)"].map(get);
     row("all", images, boxes, all);
     for c in classes {
         row(&c.name, c.images, c.boxes, [c.precision, c.recall, c.map50, c.map50_95]);

@@ -103,7 +103,7 @@ fn kills_at_random_moments_lose_nothing_and_repeat_nothing() {
     let service = world.read("service.yaml").replace("killed: {budget: 3", "killed: {budget: 100");
     world.write("service.yaml", service);
     for index in 0..JOBS {
-        world.write(&format!("configs/j{index}.yaml"), job(&format!("j{index}"), "steps=25,pause=0.02"));
+        world.write(&format!("configs/j{index}.yaml"), job(&format!("j{index}"), "steps=40,pause=0.03"));
     }
     let mut seed = 0x00b0_c5ed;
     let (mut service_kills, mut trainer_kills) = (0, 0);
@@ -112,12 +112,12 @@ fn kills_at_random_moments_lose_nothing_and_repeat_nothing() {
         std::thread::sleep(Duration::from_millis(40 + random(&mut seed) % 700));
         let which = random(&mut seed) % 3;
         if which != 0 {
-            for index in 0..JOBS {
-                if let Some(pid) = stub_pid(&world, &format!("j{index}")) {
-                    trainer_kills += usize::from(process::signal(pid, libc::SIGKILL));
-                    break;
-                }
-            }
+            let victim = world.wait("a trainer to kill, or the end of all jobs", || {
+                let running = (0..JOBS).find_map(|index| stub_pid(&world, &format!("j{index}")));
+                let over = world.records().iter().filter(|record| record.state.is_terminal()).count() == JOBS;
+                running.map(Some).or(over.then_some(None))
+            });
+            trainer_kills += usize::from(victim.is_some_and(|pid| process::signal(pid, libc::SIGKILL)));
         }
         if which != 1 {
             world.kill_service();
@@ -136,7 +136,7 @@ fn kills_at_random_moments_lose_nothing_and_repeat_nothing() {
         steps.dedup();
         steps.sort_unstable();
         steps.dedup();
-        assert_eq!(steps, (1..=25).collect::<Vec<_>>(), "{id} did every step");
+        assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "{id} did every step");
     }
     assert_eq!(world.records().len(), JOBS, "nothing lost, nothing doubled");
     println!(

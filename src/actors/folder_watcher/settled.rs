@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::listing::{Listing, Seen};
+use crate::job::clock::now_unix_ms;
 use crate::job::service::WatchConfig;
 
 /// What is known about the writer of a file.
@@ -26,6 +27,12 @@ impl Settle {
             Self::Unknown => config.settle_ms,
         })
     }
+}
+
+/// A file that nobody has touched for long has no writer; it is still looked at twice.
+fn first_guess(seen: Seen, config: &WatchConfig) -> Settle {
+    let age_ms = now_unix_ms() - seen.modified_unix_ms;
+    if age_ms >= config.open_settle_ms as i64 { Settle::Closed } else { Settle::Unknown }
 }
 
 #[derive(Debug)]
@@ -71,7 +78,9 @@ impl SettleTable {
             let mut known = match before.remove(&path) {
                 Some(known) if known.seen == seen => known,
                 Some(known) => Known { seen, since: now, settle: known.settle, decided: false, due: now },
-                None => Known { seen, since: now, settle: Settle::Unknown, decided: false, due: now },
+                None => {
+                    Known { seen, since: now, settle: first_guess(seen, config), decided: false, due: now }
+                }
             };
             if let Some(settle) = heard {
                 known.settle = settle;
