@@ -1,5 +1,8 @@
 //! `boxwright predict`: objects in images, as JSON and as drawn images.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,10 +21,7 @@ use crate::train::error::{FailureClass, TrainError};
 use crate::train::files;
 use crate::train::predictor::Predictor;
 use crate::train::run_folder::RunFolder;
-use crate::train::trained_model::TrainedModel;
 
-/// Image size when neither the command nor the weights file says one, pixels.
-const IMGSZ_DEFAULT: usize = 640;
 /// Quality of drawn JPEG images, 1..=100.
 const JPEG_QUALITY: u8 = 92;
 /// Images decoded ahead of the network.
@@ -175,13 +175,7 @@ enum FoundImage<'a> {
 /// # Errors
 /// [`PredictError`] when there is nothing to do or a result cannot be written.
 pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictError> {
-    let model = TrainedModel::read(&args.weights)?;
-    let names = model.names.clone();
-    if let Some(&class) = args.classes.iter().flatten().find(|c| **c >= names.len()) {
-        return Err(PredictError::NoClass { class, last: names.len() - 1 });
-    }
     let images = images_of(&args.sources)?;
-    let imgsz = args.imgsz.map(|side| side as usize).or(model.imgsz).unwrap_or(IMGSZ_DEFAULT);
     let nms = NmsArgs {
         conf: args.conf,
         iou: f64::from(args.iou),
@@ -190,7 +184,12 @@ pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictErro
         classes: args.classes.clone(),
         ..NmsArgs::prediction()
     };
-    let mut predictor = Predictor::new(model, imgsz, nms, args.threads)?;
+    let imgsz = args.imgsz.map(|side| side as usize);
+    let mut predictor = Predictor::open(&args.weights, imgsz, nms, args.threads)?;
+    let names = predictor.names().to_vec();
+    if let Some(&class) = args.classes.iter().flatten().find(|c| **c >= names.len()) {
+        return Err(PredictError::NoClass { class, last: names.len().saturating_sub(1) });
+    }
     let folder = match &args.out {
         Some(folder) => folder.clone(),
         None => RunFolder::claim(None, Some("predict"), false)?,
@@ -411,98 +410,4 @@ fn summary(found: &[Detection], names: &[String]) -> String {
     let parts: Vec<String> =
         counts.iter().map(|(class, count)| format!("{count} {}", names[*class])).collect();
     parts.join(", ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::detect::models::Detector;
-    use crate::engine::params::ParamSet;
-    use crate::train::weights_file::{Metadata, write};
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn parsed(line: &[&str]) -> Result<Args, clap::Error> {
-        Line::try_parse_from([&["predict"], line].concat()).map(|l| l.args)
-    }
-
-    /// A network whose every cell says class 1 with probability 1/2.
-    fn weights(folder: &Path) -> PathBuf {
-        let detector = Detector::build("yolov8n", 2, 64, 64).expect("a shipped model");
-        let mut params = ParamSet::new(&detector.graph);
-        for level in 0..3 {
-            let index = params.index(&format!("model.22.cv3.{level}.2.bias")).expect("a class bias");
-            params.numbers_mut(index).copy_from_slice(&[-20.0, 0.0]);
-        }
-        let path = folder.join("w.safetensors");
-        let names = r#"["one","two"]"#.to_owned();
-        let metadata = Metadata::from([("names".into(), names), ("imgsz".into(), "64".into())]);
-        write(&path, &detector, &params, &params.values, &params.buffers, &metadata).expect("written");
-        path
-    }
-
-    #[test]
-    fn images_of_a_folder_become_json_drawn_images_and_labels() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let images = folder.path().join("in/deeper");
-        std::fs::create_dir_all(&images).expect("created");
-        RgbImage::new(120, 60).save(images.join("a.png")).expect("saved");
-        RgbImage::new(50, 90).save(folder.path().join("in/a.jpg")).expect("saved");
-        std::fs::write(folder.path().join("in/broken.png"), b"no image").expect("written");
-        let weights = weights(folder.path());
-        let out = folder.path().join("out");
-        let text = |p: &Path| p.to_string_lossy().into_owned();
-        let line =
-            [&text(&weights), &text(&folder.path().join("in")), "--out", &text(&out), "--json", "--save-txt"];
-        let args = parsed(&line).expect("valid");
-        let mut printed = Vec::new();
-        let code = execute(&args, &mut printed).expect("predicted");
-        assert_eq!(code, ExitCode::FAILURE, "one image is broken");
-        let printed = String::from_utf8(printed).expect("text");
-        let rows: Vec<serde_json::Value> =
-            printed.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
-        assert_eq!(rows.len(), 3);
-        assert_eq!((&rows[0]["width"], &rows[0]["height"]), (&50.into(), &90.into()));
-        assert!(rows[1]["error"].as_str().is_some_and(|e| e.contains("broken.png")));
-        let first = &rows[0]["detections"][0];
-        assert_eq!(
-            (&first["class"], &first["name"], &first["score"]),
-            (&1.into(), &"two".into(), &0.5.into())
-        );
-        let corner = first["xyxy"][2].as_f64().expect("a number");
-        assert!((0.0..=50.0).contains(&corner));
-        // Two images of one name: both are drawn.
-        assert!(out.join("a.jpg").is_file() && out.join("a-2.png").is_file());
-        assert_eq!(image::open(out.join("a-2.png")).expect("an image").width(), 120);
-        let labels = std::fs::read_to_string(out.join("labels/a.txt")).expect("labels");
-        assert!(labels.lines().all(|l| l.starts_with("1 ") && l.split(' ').count() == 5));
-        let all: Vec<serde_json::Value> =
-            serde_json::from_slice(&std::fs::read(out.join("predictions.json")).expect("read"))
-                .expect("JSON");
-        assert_eq!(all, rows);
-    }
-
-    #[test]
-    fn wrong_requests_end_with_code_two_and_a_reason() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let weights = weights(folder.path()).to_string_lossy().into_owned();
-        let here = folder.path().to_string_lossy().into_owned();
-        for (line, reason) in [
-            (vec![weights.as_str(), "nowhere"], "source nowhere does not exist"),
-            (vec![weights.as_str(), here.as_str()], "no image in"),
-            (vec![weights.as_str(), here.as_str(), "--classes", "0,2"], "class 2 does not exist"),
-        ] {
-            let error = execute(&parsed(&line).expect("valid"), &mut Vec::new()).expect_err("refused");
-            assert!(error.to_string().contains(reason), "{error}");
-            assert_eq!(CliError::from(error).exit_code(), 2);
-        }
-        for bad in [["--conf", "1.5"], ["--iou", "nan"], ["--max-det", "0"], ["--imgsz", "9000"]] {
-            assert!(parsed(&[weights.as_str(), "x", bad[0], bad[1]]).is_err(), "{bad:?}");
-        }
-    }
 }

@@ -13,5 +13,4 @@ pub mod predictor;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;
-pub mod trained_model;
 pub mod weights_file;

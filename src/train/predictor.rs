@@ -1,15 +1,17 @@
 //! Prediction: a trained network on single images.
 
 use std::collections::VecDeque;
+use std::path::Path;
 
 use super::error::TrainError;
-use super::trained_model::TrainedModel;
+use super::session::load_model;
 use crate::data::Image;
 use crate::data::augment::letterbox::{Fit, Letterbox, unletterbox};
 use crate::detect::decode::{HeadLevel, detect};
 use crate::detect::models::Detector;
 use crate::detect::nms::{Detection, NmsArgs};
 use crate::engine::device::cpu::Executor;
+use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan};
 
 /// Input shapes whose plans are kept; a folder of photographs has two.
@@ -19,11 +21,16 @@ const STRIDE_MAX: usize = 32;
 /// Largest input side, pixels.
 pub const IMGSZ_MAX: usize = 8192;
 
+/// Image size when neither the caller nor the weights file says one, pixels.
+const IMGSZ_DEFAULT: usize = 640;
+
 /// A network ready to predict, one image at a time.
 pub struct Predictor {
-    model: TrainedModel,
+    architecture: String,
+    names: Vec<String>,
     imgsz: usize,
     nms: NmsArgs,
+    params: ParamSet,
     executor: Executor,
     /// Most recently used last.
     plans: VecDeque<Shaped>,
@@ -36,30 +43,42 @@ struct Shaped {
 }
 
 impl Predictor {
-    /// Prepares `model` to look at images scaled so that the longer side is `imgsz` pixels (rounded up to a
-    /// multiple of 32), on `threads` threads (0: all cores).
+    /// Reads trained weights and prepares to look at images scaled so that the longer side is `imgsz` pixels,
+    /// rounded up to a multiple of 32 (by default as in training), on `threads` threads (0: all cores).
     ///
     /// # Errors
-    /// [`TrainError::Config`] for a size out of range, [`TrainError::Engine`] when threads are refused.
-    pub fn new(
-        model: TrainedModel,
-        imgsz: usize,
+    /// [`TrainError::Weights`] for weights that cannot be used, [`TrainError::Config`] for a size out of range,
+    /// [`TrainError::Engine`] when threads are refused.
+    pub fn open(
+        weights: &Path,
+        imgsz: Option<usize>,
         nms: NmsArgs,
         threads: usize,
     ) -> Result<Predictor, TrainError> {
+        let model = load_model(weights)?;
+        let imgsz = imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT);
         if !(1..=IMGSZ_MAX).contains(&imgsz) {
             let message = format!("got {imgsz}, allowed: 1 to {IMGSZ_MAX} pixels");
             return Err(TrainError::Config { key: "imgsz".into(), message });
         }
+        let names = model.names();
+        let detector = Detector::build(&model.architecture, names.len(), STRIDE_MAX, STRIDE_MAX);
+        let detector = detector.map_err(|source| TrainError::Weights {
+            path: weights.to_owned(),
+            message: format!("{} cannot be built for it", model.architecture),
+            source: Some(Box::new(source)),
+        })?;
+        let mut params = ParamSet::new(&detector.graph);
+        model.load_into(weights, &mut params)?;
         let executor =
             Executor::new(&[], threads).map_err(|source| TrainError::Engine { action: "start", source })?;
-        let imgsz = imgsz.next_multiple_of(STRIDE_MAX);
-        Ok(Predictor { model, imgsz, nms, executor, plans: VecDeque::new() })
+        let (architecture, imgsz) = (model.architecture, imgsz.next_multiple_of(STRIDE_MAX));
+        Ok(Predictor { architecture, names, imgsz, nms, params, executor, plans: VecDeque::new() })
     }
 
-    /// The network in use.
-    pub fn model(&self) -> &TrainedModel {
-        &self.model
+    /// Class names.
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
     /// Objects in an image, best first; boxes in pixels of the image itself.
@@ -75,7 +94,7 @@ impl Predictor {
         let input_hw = letterbox.out_hw;
         let shaped = self.shaped(input_hw)?;
         letterbox.draw(image, self.executor.input_mut(&shaped.plan));
-        self.executor.forward(&shaped.detector.graph, &shaped.plan, &mut self.model.params);
+        self.executor.forward(&shaped.detector.graph, &shaped.plan, &mut self.params);
         let levels: Vec<HeadLevel<'_>> = shaped
             .detector
             .strides
@@ -108,7 +127,7 @@ impl Predictor {
         if self.plans.len() >= PLANS_MAX {
             self.plans.pop_front();
         }
-        let detector = Detector::build(&self.model.model, self.model.nc(), hw.0, hw.1)
+        let detector = Detector::build(&self.architecture, self.names.len(), hw.0, hw.1)
             .map_err(|e| TrainError::Internal { message: e.to_string() })?;
         let plan = Plan::new(&detector.graph, 1, Mode::Eval);
         self.executor

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::reporter::Reporter;
-use crate::detect::models::available;
+use crate::detect::models::{Detector, available};
 use crate::detect::weights::transfer::{class_branch_width, transfer};
 use crate::detect::weights::{Tensor, TensorMap, pytorch, safetensors};
 use crate::engine::params::ParamSet;
@@ -96,15 +96,34 @@ fn read(path: &Path) -> Result<Weights, TrainError> {
     Ok(Weights { tensors, names, architecture, imgsz })
 }
 
-/// The model table of a weights file: what it says itself, or else its name.
+/// The model table of a weights file: what it says itself, or else its name, or else its arrays.
 fn architecture_of(path: &Path, weights: &Weights) -> Result<String, TrainError> {
     let by_name = model_stem(&path.to_string_lossy());
     let said = weights.architecture.clone().unwrap_or(by_name);
     if available().contains(&said.as_str()) {
         return Ok(said);
     }
+    if weights.architecture.is_none()
+        && let Some(name) = by_arrays(weights)
+    {
+        return Ok(name);
+    }
     let message = format!("it is for the model {said:?}; available: {}", available().join(", "));
     Err(TrainError::Weights { path: path.to_owned(), message, source: None })
+}
+
+/// The model whose every parameter, but for those that depend on the number of classes, is among the arrays with
+/// its name and shape: for files called `best.safetensors` that say nothing about themselves.
+fn by_arrays(weights: &Weights) -> Option<String> {
+    let arrays = &weights.tensors;
+    let fits = |name: &&str| {
+        Detector::build(name, 1, 64, 64).is_ok_and(|detector| {
+            let class_branch = format!("model.{}.cv3.", detector.head_row);
+            let mut fixed = detector.graph.params.iter().filter(|p| !p.name.starts_with(&class_branch));
+            fixed.all(|p| arrays.get(&p.name).is_some_and(|array| array.shape() == p.kind.shape()))
+        })
+    };
+    available().into_iter().find(fits).map(str::to_owned)
 }
 
 /// Copies what fits: tensors of equal name and shape; with `cls_remap` the rows of the last class
