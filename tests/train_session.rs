@@ -73,10 +73,12 @@ impl Observer for Watch {
 
 impl Watch {
     fn warnings(&self) -> Vec<&str> {
-        let text = |e| match e {
-            &SessionEvent::Warning { ref message } => Some(message.as_str()),
-            _ => None,
-        };
+        fn text(event: &SessionEvent) -> Option<&str> {
+            match event {
+                SessionEvent::Warning { message } => Some(message),
+                _ => None,
+            }
+        }
         self.events.iter().filter_map(text).collect()
     }
 }

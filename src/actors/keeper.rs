@@ -1,6 +1,6 @@
 //! The thread that owns the journal.
 //!
-//! Owns: the [`Journal`]. In: closures over it, in order, at most [`WAITING_MAX`] waiting. Out: their results. A panic
+//! Owns: the [`Journal`]. In: closures over it, in order, at most 256 waiting. Out: their results. A panic
 //! inside a closure rolls its transaction back and is answered with [`QueueError::NoAnswer`]; the thread lives on. It
 //! ends when the last [`Keeper`] is gone.
 

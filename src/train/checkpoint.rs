@@ -69,6 +69,8 @@ pub struct Progress {
 /// What the session chose at its first start and keeps on resume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Resolved {
+    /// Name of the model table.
+    pub model: String,
     /// Images per batch.
     pub batch: usize,
     /// Images per batch that the configuration asked for; 0 for an automatic choice.

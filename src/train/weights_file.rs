@@ -46,7 +46,7 @@ pub fn write(
     files::write_atomically(path, |mut out| safetensors::write(&mut out, tensors, texts))
 }
 
-/// Reads the parameters and running statistics of a file that [`write`] made back into `params`.
+/// Reads the parameters and running statistics of a file that [`write()`] made back into `params`.
 ///
 /// # Errors
 /// [`TrainError::Weights`] when the file is not one of these or belongs to another network.

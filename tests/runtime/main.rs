@@ -3,5 +3,6 @@
 mod crashes;
 mod intake;
 mod lifecycle;
+mod real;
 mod storage;
 mod world;

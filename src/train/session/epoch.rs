@@ -307,7 +307,7 @@ impl Run<'_, '_> {
     }
 
     pub(super) fn data_error(&self, error: DataError) -> TrainError {
-        super::prepare::data_error(&self.args.data, error)
+        super::feeding::data_error(&self.args.data, error)
     }
 
     /// Reports a validation.

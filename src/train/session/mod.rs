@@ -2,7 +2,9 @@
 //! first batch), `epoch` (the loop), `validate`, `finish`.
 
 mod auto_batch;
+mod choices;
 mod epoch;
+mod feeding;
 mod finish;
 mod initial;
 mod network;

@@ -99,7 +99,7 @@ impl Run<'_, '_> {
             self.write_weights("best")?;
         }
         let period = self.args.save_period;
-        if period >= 1 && self.progress.epoch % period as u32 == 0 {
+        if period >= 1 && self.progress.epoch.is_multiple_of(period as u32) {
             self.write_weights(&format!("epoch{}", self.progress.epoch))?;
         }
         Ok(())

@@ -91,7 +91,7 @@ pub fn validate(
     should_stop: &mut dyn FnMut() -> bool,
 ) -> Result<Option<Validation>, TrainError> {
     let began = Instant::now();
-    let data_error = |e: DataError| super::prepare::data_error(split.name.key(), e);
+    let data_error = |e: DataError| super::feeding::data_error(split.name.key(), e);
     loader.start();
     let mut evaluator = Evaluator::new(names.len(), args.nms.conf);
     let mut coco = args.json.is_some().then(Vec::new);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::network::{Network, Spare};
 use super::pretrained::load_model;
-use super::{Validation, ValidationArgs, pictures, prepare, validate};
+use super::{Validation, ValidationArgs, feeding, pictures, validate};
 use crate::data::cache::CacheArgs;
 use crate::data::{Dataset, DatasetOptions, LoaderArgs, Split, SplitName, ValLoader};
 use crate::detect::losses::detection::LossConfig;
@@ -55,14 +55,13 @@ pub fn validate_file(
     should_stop: &mut dyn FnMut() -> bool,
 ) -> Result<Option<(Validation, Vec<String>)>, TrainError> {
     let model = load_model(&args.weights)?;
-    let split = open_split(args, &model.names())?;
-    let (split, names) = split;
-    let stride = 32;
-    let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT).next_multiple_of(stride);
+    let (split, names) = open_split(args, &model.names())?;
+    let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT);
+    let imgsz = feeding::next_stride(imgsz);
     let mut network =
         Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), args.threads)?;
     model.load_into(&args.weights, &mut network.params)?;
-    let data_error = |e| prepare::data_error(&args.data.to_string_lossy(), e);
+    let data_error = |e| feeding::data_error(&args.data.to_string_lossy(), e);
     let loader = LoaderArgs {
         imgsz,
         batch: args.batch,
@@ -71,7 +70,7 @@ pub fn validate_file(
         cache: CacheArgs::default(),
         seed: 0,
         rect: args.rect,
-        stride,
+        stride: feeding::STRIDE_MAX,
         decode_always: false,
     };
     let mut loader = ValLoader::new(&split, loader).map_err(data_error)?;
@@ -83,7 +82,7 @@ pub fn validate_file(
         nms,
         batch: args.batch,
         imgsz,
-        stride,
+        stride: feeding::STRIDE_MAX,
         workers: args.workers,
         reg_max: network.reg_max(),
         rect: args.rect,
@@ -114,7 +113,7 @@ fn open_split(args: &ValidateFileArgs, model_names: &[String]) -> Result<(Split,
     })?;
     let data = args.data.to_string_lossy();
     let options = DatasetOptions { splits: vec![name], ..DatasetOptions::default() };
-    let dataset = Dataset::open(&args.data, &options).map_err(|e| prepare::data_error(&data, e))?;
+    let dataset = Dataset::open(&args.data, &options).map_err(|e| feeding::data_error(&data, e))?;
     if dataset.names.len() != model_names.len() {
         let message = format!(
             "it has {} classes, the model was trained for {}: {}",
@@ -124,6 +123,6 @@ fn open_split(args: &ValidateFileArgs, model_names: &[String]) -> Result<(Split,
         );
         return Err(TrainError::Data { path: args.data.clone(), message, source: None });
     }
-    let split = dataset.split(name).map_err(|e| prepare::data_error(&data, e))?.clone();
+    let split = dataset.split(name).map_err(|e| feeding::data_error(&data, e))?.clone();
     Ok((split, dataset.names))
 }

@@ -1,0 +1,193 @@
+//! The trainer as a process: its protocol, kill -9 at any moment, the command that validates.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use boxwright::data::synth::{SynthArgs, write_dataset};
+use boxwright::train::args::{Batch, TrainArgs};
+use boxwright::train::child::{ChildResult, ChildSpec};
+
+/// Longest wait for one line of a trainer.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn args(root: &Path) -> TrainArgs {
+    let data = root.join("data");
+    if !data.exists() {
+        let synth = SynthArgs { images: 12, val_images: 4, imgsz: 64, seed: 9, ..SynthArgs::default() };
+        write_dataset(&data, &synth).expect("a dataset");
+    }
+    TrainArgs {
+        model: "yolov8n".into(),
+        data: data.to_string_lossy().into_owned(),
+        epochs: 3,
+        batch: Batch::Images(4),
+        nbs: 8,
+        imgsz: 64,
+        workers: 1,
+        warmup_epochs: 1.0,
+        plots: false,
+        ..TrainArgs::default()
+    }
+}
+
+struct Trainer {
+    child: Child,
+    lines: Receiver<serde_json::Value>,
+    result: PathBuf,
+}
+
+impl Trainer {
+    fn start(args: &TrainArgs, run_dir: &Path) -> Trainer {
+        std::fs::create_dir_all(run_dir).expect("a folder");
+        let result = run_dir.join("result.json");
+        let spec = ChildSpec {
+            task_id: "t1".into(),
+            attempt: 1,
+            run_dir: run_dir.to_owned(),
+            args: args.clone(),
+            resume: true,
+            result_path: result.clone(),
+        };
+        let path = run_dir.join("spec.json");
+        std::fs::write(&path, serde_json::to_vec(&spec).expect("JSON")).expect("written");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_boxwright"));
+        command.arg("train-child").arg("--spec").arg(&path);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().expect("the trainer starts");
+        let out = child.stdout.take().expect("piped");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                let event = serde_json::from_str(&line).expect("every line is JSON");
+                if sender.send(event).is_err() {
+                    break;
+                }
+            }
+        });
+        Trainer { child, lines, result }
+    }
+
+    /// Waits until `count` events of this name were seen; false when the trainer ended before.
+    fn wait_for(&self, name: &str, count: usize) -> bool {
+        let mut seen = 0;
+        while seen < count {
+            match self.lines.recv_timeout(LIMIT) {
+                Ok(event) => seen += usize::from(event["event"] == name),
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return false,
+                Err(error) => panic!("{name}: {error}"),
+            }
+        }
+        true
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().expect("piped"), "{line}").expect("the trainer listens");
+    }
+
+    /// Waits for the end; the exit code.
+    fn end(mut self) -> (Option<i32>, Option<ChildResult>) {
+        while self.lines.recv_timeout(LIMIT).is_ok() {}
+        let status = self.child.wait().expect("it ends");
+        (status.code(), ChildResult::read(&self.result))
+    }
+}
+
+fn weights(run_dir: &Path) -> Vec<u8> {
+    std::fs::read(run_dir.join("weights/last.safetensors")).expect("weights")
+}
+
+#[test]
+fn killed_again_and_again_it_ends_in_the_same_bits() {
+    let root = tempfile::tempdir().expect("a folder");
+    let args = args(root.path());
+    let (code, result) = Trainer::start(&args, &root.path().join("whole")).end();
+    assert_eq!(code, Some(0));
+    let result = result.expect("a result");
+    assert_eq!((result.status.as_str(), result.epochs), ("completed", Some(3)));
+    let run_dir = root.path().join("killed");
+    // Right at the start, within an epoch, between weights and checkpoint, during validation.
+    for (event, count) in [("started", 1), ("step", 2), ("epoch", 1), ("step", 2), ("validated", 1)] {
+        let mut trainer = Trainer::start(&args, &run_dir);
+        if trainer.wait_for(event, count) {
+            trainer.child.kill().expect("kill -9");
+        }
+        let (code, result) = trainer.end();
+        assert!(code.is_none() && result.is_none(), "killed: {code:?}");
+    }
+    let (code, _) = Trainer::start(&args, &run_dir).end();
+    assert_eq!(code, Some(0));
+    assert!(weights(&root.path().join("whole")) == weights(&run_dir), "the weights differ");
+}
+
+#[test]
+fn stop_checkpoint_and_a_gone_supervisor_are_obeyed() {
+    let root = tempfile::tempdir().expect("a folder");
+    let args = TrainArgs { epochs: 1000, val: false, ..args(root.path()) };
+    let run_dir = root.path().join("run");
+    let mut trainer = Trainer::start(&args, &run_dir);
+    assert!(trainer.wait_for("step", 2));
+    trainer.say("checkpoint");
+    assert!(trainer.wait_for("checkpoint", 1));
+    trainer.say("stop");
+    let (code, result) = trainer.end();
+    assert_eq!(code, Some(130));
+    assert_eq!(result.expect("a result").status, "cancelled");
+    std::fs::remove_file(run_dir.join("result.json")).expect("removed");
+    let mut trainer = Trainer::start(&args, &run_dir);
+    assert!(trainer.wait_for("step", 1));
+    drop(trainer.child.stdin.take());
+    let (code, result) = trainer.end();
+    assert_eq!((code, result), (Some(131), None), "interrupted is not final");
+    let missing = TrainArgs { data: "/nowhere".into(), ..args };
+    let (code, result) = Trainer::start(&missing, &root.path().join("bad")).end();
+    let result = result.expect("a result");
+    assert_eq!((code, result.class.as_deref()), (Some(11), Some("data")));
+    assert!(result.reason.is_some_and(|r| r.contains("/nowhere")));
+}
+
+#[test]
+fn train_and_val_agree_and_end_with_one_line_of_json() {
+    let root = tempfile::tempdir().expect("a folder");
+    let args = args(root.path());
+    let run = |arguments: &[&str]| -> serde_json::Value {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_boxwright")).args(arguments).current_dir(root.path()).output();
+        let output = output.expect("it runs");
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{err}");
+        assert_eq!(out.lines().count(), 1, "{out}");
+        serde_json::from_str(&out).expect("JSON")
+    };
+    let data = format!("data={}", args.data);
+    let items = [
+        "model=yolov8n",
+        &data,
+        "epochs=2",
+        "imgsz=64",
+        "batch=4",
+        "nbs=4",
+        "plots=false",
+        "workers=1",
+        "name=a",
+    ];
+    let trained = run(&[&["train", "--json"], &items[..]].concat());
+    assert_eq!((trained["status"].as_str(), trained["epochs"].as_u64()), (Some("completed"), Some(2)));
+    let best = trained["best"].as_str().expect("a path");
+    assert!(best.contains("runs/detect/a"), "{best}");
+    let validated = run(&["val", best, "--data", &args.data, "--batch", "8", "--json"]);
+    for name in ["metrics/mAP50(B)", "metrics/mAP50-95(B)", "metrics/precision(B)", "metrics/recall(B)"] {
+        assert_eq!(validated["metrics"][name], trained["metrics"][name], "{name}");
+    }
+    // The folder says how to go on; the run is complete, so nothing is computed but the last validation.
+    let resumed = run(&["train", "--json", "--resume", "runs/detect/a"]);
+    assert_eq!(resumed["steps"], trained["steps"]);
+    let refused = Command::new(env!("CARGO_BIN_EXE_boxwright"))
+        .args(["train", "model=yolov8n", &data, "epohcs=3"])
+        .output()
+        .expect("it runs");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("did you mean `epochs`"));
+}
