@@ -1,7 +1,7 @@
 //! Every file in `configs/` parses as what it is: `service/` holds the service's configuration, everything
 //! else is a job.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use boxwright::job::service::ServiceConfig;
 use boxwright::job::spec::{JobSpec, SpecContext};
@@ -9,7 +9,7 @@ use boxwright::job::spec::{JobSpec, SpecContext};
 use super::none;
 use super::source::{files, read, root, shown};
 
-fn job_fault(path: &PathBuf) -> Option<String> {
+fn job_fault(path: &Path) -> Option<String> {
     let context = SpecContext {
         base: None,
         // A shipped example has no key that does nothing.
@@ -22,7 +22,7 @@ fn job_fault(path: &PathBuf) -> Option<String> {
     loaded.and_then(|l| l.runnable()).err().map(|e| e.to_string())
 }
 
-fn service_fault(path: &PathBuf) -> Option<String> {
+fn service_fault(path: &Path) -> Option<String> {
     ServiceConfig::load(Some(path), |_| None).err().map(|e| e.to_string())
 }
 

@@ -22,8 +22,7 @@ pub struct DrawImage {
 pub struct MosaicArgs {
     /// Images per row; 0 picks the smallest square grid.
     pub columns: usize,
-    /// Longest side of a cell in pixels: larger images are scaled down, smaller ones (below half of it)
-    /// up by whole factors.
+    /// Longest side of a cell in pixels; every image is scaled to it, so that labels find room on small ones.
     pub cell_px: u32,
 }
 
@@ -65,14 +64,9 @@ pub fn mosaic(images: &[DrawImage], names: &[String], args: MosaicArgs) -> RgbIm
 /// Size at which an image is shown in a cell.
 fn scaled_size(image: &RgbImage, cell: u32) -> (u32, u32) {
     let (w, h) = image.dimensions();
-    let longest = w.max(h).max(1);
-    if longest > cell {
-        let scale = f64::from(cell) / f64::from(longest);
-        let fit = |side: u32| ((f64::from(side) * scale).round() as u32).max(1);
-        return (fit(w), fit(h));
-    }
-    let factor = cell / longest;
-    ((w * factor).max(1), (h * factor).max(1))
+    let scale = f64::from(cell) / f64::from(w.max(h).max(1));
+    let fit = |side: u32| ((f64::from(side) * scale).round() as u32).max(1);
+    (fit(w), fit(h))
 }
 
 fn draw_cell(cell: &DrawImage, (width, height): (u32, u32), names: &[String]) -> RgbImage {

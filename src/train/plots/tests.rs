@@ -148,8 +148,8 @@ fn a_batch_is_drawn_with_its_boxes_up_to_sixteen_images() {
         titles: vec!["a.jpg".into()],
     };
     batch(&plot, &["thing".into()], &path).unwrap();
-    // Four by four, enlarged by whole factors: 480 / 64 = 7.
-    assert_eq!(size_of(&path), (4 * 64 * 7 + 20, 4 * 32 * 7 + 20));
+    // Four by four, enlarged to 480 pixels.
+    assert_eq!(size_of(&path), (4 * 480 + 20, 4 * 240 + 20));
     assert!(coloured(&path) > 100);
     batch(&BatchPlot { images: &[], h: 0, w: 0, boxes: vec![], titles: vec![] }, &[], &path).unwrap();
 }

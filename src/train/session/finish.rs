@@ -35,11 +35,20 @@ impl Run<'_, '_> {
 
     /// Plots; one that fails is worth a warning.
     fn draw(&mut self, validation: &Validation) {
-        let title = format!("{} on {}", self.detector.name, self.args.data);
+        let title = format!("{} on {}", self.detector.name, dataset_name(&self.args.data));
         let drawn = pictures::of_run(self.reporter.folder.path(), &title, validation, &self.dataset.names);
         for error in drawn.into_iter().filter_map(Result::err) {
             let cause = std::error::Error::source(&error).map(|c| format!(": {c}")).unwrap_or_default();
             self.reporter.warn(format!("{error}{cause}"));
         }
     }
+}
+
+/// A short name for a dataset: the stem of its file, or its folder's name when the file is just `data.yaml`.
+fn dataset_name(data: &str) -> String {
+    let path = std::path::Path::new(data);
+    let stem = path.file_stem().unwrap_or_default();
+    let folder = path.parent().and_then(|p| p.file_name());
+    let name = if stem == "data" { folder.unwrap_or(stem) } else { stem };
+    name.to_string_lossy().into_owned()
 }

@@ -357,15 +357,15 @@ impl Apply<'_> {
             std::array::from_fn(|b| unsafe { constants(s, norm, from + b * S::LANES) });
         let mut mean_d = [s.splat(0.0); B];
         let mut mean_dx = [s.splat(0.0); B];
-        let mut lanes = [[0.0f32; 16]; 2];
+        let (mut first, mut second) = ([0.0f32; 16], [0.0f32; 16]);
         for b in 0..B {
-            for lane in 0..S::LANES {
-                (lanes[0][lane], lanes[1][lane]) = self.means(from + b * S::LANES + lane);
+            for (lane, (d, dx)) in first.iter_mut().zip(&mut second).take(S::LANES).enumerate() {
+                (*d, *dx) = self.means(from + b * S::LANES + lane);
             }
             // SAFETY: no vector is longer than 16 lanes.
             unsafe {
-                mean_d[b] = s.load(lanes[0].as_ptr());
-                mean_dx[b] = s.load(lanes[1].as_ptr());
+                mean_d[b] = s.load(first.as_ptr());
+                mean_dx[b] = s.load(second.as_ptr());
             }
         }
         for line in self.rows.from..self.rows.to {
