@@ -62,6 +62,8 @@ pub const IMAGE_LEVELS: u8 = 1;
 // Optimisers.
 /// One step of SGD or Adam in f32.
 pub const OPTIMISER: Tolerance = tolerance(1e-5, 0.0);
+/// Norm of all gradients: kept in f32, whose rounding grows with the value.
+pub const GRADIENT_NORM: Tolerance = tolerance(1e-5, 1e-6);
 /// MuSGD: the reference iterates in bfloat16.
 pub const OPTIMISER_MUSGD: Tolerance = tolerance(3e-4, 0.0);
 /// Schedules are f64 formulas.

@@ -31,13 +31,14 @@ pub fn jitter(pixels: &mut [u8], gains: [f64; 3]) {
 struct Change {
     /// Added to the hue, `0..180`: hues are whole, so truncation leaves only the whole part of the shift.
     hue: i32,
-    saturation: f32,
-    value: f32,
+    /// Factors in double precision: `x * factor` often falls just beside a whole number, and is then truncated.
+    saturation: f64,
+    value: f64,
 }
 
 impl Change {
     fn new([hue, saturation, value]: [f64; 3]) -> Change {
-        let factor = |gain: f64| (1.0 + gain).max(0.0) as f32;
+        let factor = |gain: f64| (1.0 + gain).max(0.0);
         Change {
             hue: (hue * 180.0).floor().rem_euclid(180.0) as i32,
             saturation: factor(saturation),
@@ -66,8 +67,8 @@ fn jitter_plain(pixels: &mut [u8], change: &Change) {
         let hue = (sector * by_diff + 2048) >> 12;
         let hue = if hue < 0 { hue + 180 } else { hue } + change.hue;
         let hue = if hue >= 180 { hue - 180 } else { hue };
-        let saturation = (saturation as f32 * change.saturation).min(255.0).trunc();
-        let value = (value as f32 * change.value).min(255.0).trunc();
+        let grown = |v: i32, factor: f64| (v as f64 * factor).min(255.0).trunc() as f32;
+        let (saturation, value) = (grown(saturation, change.saturation), grown(value, change.value));
         let hue = hue as f32 * (1.0 / 30.0);
         let chroma = value * saturation * (1.0 / 255.0);
         let channel = |weight: f32| (value - chroma * weight).round_ties_even() as u8;
@@ -108,12 +109,13 @@ fn jitter_avx2(pixels: &mut [u8], change: &Change) {
     let scaled = |a: __m256i, b: __m256i| {
         _mm256_srai_epi32(_mm256_add_epi32(_mm256_mullo_epi32(a, b), _mm256_set1_epi32(2048)), 12)
     };
-    let grown = |v: __m256i, factor: f32| {
-        let v = _mm256_min_ps(
-            _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(factor)),
-            _mm256_set1_ps(255.0),
-        );
-        _mm256_cvtepi32_ps(_mm256_cvttps_epi32(v))
+    let grown = |v: __m256i, factor: f64| {
+        let half = |v: __m128i| {
+            let v = _mm256_mul_pd(_mm256_cvtepi32_pd(v), _mm256_set1_pd(factor));
+            _mm256_cvttpd_epi32(_mm256_min_pd(v, _mm256_set1_pd(255.0)))
+        };
+        let (low, high) = (half(_mm256_castsi256_si128(v)), half(_mm256_extracti128_si256(v, 1)));
+        _mm256_cvtepi32_ps(_mm256_set_m128i(high, low))
     };
     for step in 0..steps {
         // SAFETY: `step * 24 + 28 <= pixels.len()`, because `steps * 24 + 4 <= pixels.len()`.
@@ -187,6 +189,17 @@ mod tests {
             let quotient = |numerator: i64| (numerator as f32 / v as f32).round_ties_even() as i64;
             assert_eq!(quotient(255 << 12), table(255 << 12), "{v}");
             assert_eq!(quotient(30 << 12), table(30 << 12), "{v}");
+        }
+    }
+
+    #[test]
+    fn growth_truncates_the_product_in_double_precision() {
+        // 45 * 1.4 lies just below 63, 90 * 1.3 at 117 and 100 * 1.15 just below 115.
+        for (value, gain) in [(45u8, 0.4), (90, 0.3), (170, 0.3), (100, 0.15), (180, 0.4)] {
+            let mut pixels = [value; 3 * 17];
+            jitter(&mut pixels, [0.0, 0.0, gain]);
+            let expected = (f64::from(value) * (1.0 + gain)).min(255.0) as u8;
+            assert_eq!(pixels, [expected; 3 * 17], "{value} * (1 + {gain})");
         }
     }
 
