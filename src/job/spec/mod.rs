@@ -283,18 +283,22 @@ impl<'a> Loader<'a> {
     fn model(&mut self, reader: &mut MapReader<'_>) -> Option<String> {
         let node = reader.required("model", "the model, e.g. yolov8n", &mut self.faults)?;
         let model = self.faults.text(node, "model")?;
+        let lower = model.to_ascii_lowercase();
+        let given = self.context.working_dir.join(&model);
+        let is_weights = lower.ends_with(".safetensors") || lower.ends_with(".pt");
+        let is_file = is_weights && given.is_file();
         match TrainArgs::model_refusal(&model) {
             Some(reason) => {
                 self.refuse(node.line, "model", format!("got {model:?}; not supported: {reason}"))
             }
-            None if model.to_ascii_lowercase().ends_with(".pt") => {
-                self.override_("model", "only the name of a .pt file is used; no weights are read from it");
+            None if lower.ends_with(".pt") && !is_file => {
+                let note =
+                    "there is no such file: its name chooses the network, which starts from random weights";
+                self.override_("model", note);
             }
             None => {}
         }
         self.understand("model");
-        let given = self.context.working_dir.join(&model);
-        let is_file = model.to_ascii_lowercase().ends_with(".safetensors") && given.is_file();
         Some(if is_file { given.to_string_lossy().into_owned() } else { model })
     }
 
