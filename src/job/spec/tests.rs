@@ -84,7 +84,11 @@ fn the_corpus_means_what_it_says() {
     );
     assert_eq!((job.retries_max, job.retry_delay_ms, job.args.lr0), (Some(3), Some(1000), 1e-3));
     assert!(job.overridden.iter().any(|note| note.key == "train.exist_ok"), "{:?}", job.overridden);
-    assert!(job.overridden.iter().any(|note| note.key == "model" && note.reason.contains("only the name")));
+    assert!(
+        job.overridden
+            .iter()
+            .any(|note| note.key == "model" && note.reason.contains("its name chooses the network"))
+    );
     let classification = corpus("g2_classification.yaml").runnable().expect_err("is refused").to_string();
     assert!(classification.contains("g2_classification.yaml:2: key `model`"), "{classification}");
     assert!(classification.contains("this build trains the task detect"), "{classification}");
