@@ -20,10 +20,26 @@ macro_rules! sources {
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../../kernels/common.cuh")),
     ("ptx.cuh", include_str!("../../../../kernels/ptx.cuh")),
+    ("conv2d_mma.cuh", include_str!("../../../../kernels/conv2d_mma.cuh")),
+    ("conv2d_mma_gather.cuh", include_str!("../../../../kernels/conv2d_mma_gather.cuh")),
+    ("conv2d_mma_patch.cuh", include_str!("../../../../kernels/conv2d_mma_patch.cuh")),
+    ("conv2d_mma_weight.cuh", include_str!("../../../../kernels/conv2d_mma_weight.cuh")),
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources!["cast"];
+pub const SOURCES: &[Source] = sources![
+    "cast",
+    "conv2d_mma_gather_forward_bf16",
+    "conv2d_mma_gather_backward_bf16",
+    "conv2d_mma_patch_forward_bf16",
+    "conv2d_mma_patch_backward_bf16",
+    "conv2d_mma_gather_forward_f16",
+    "conv2d_mma_gather_backward_f16",
+    "conv2d_mma_patch_forward_f16",
+    "conv2d_mma_patch_backward_f16",
+    "conv2d_mma_weight_bf16",
+    "conv2d_mma_weight_f16",
+];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
