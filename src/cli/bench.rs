@@ -66,6 +66,7 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
 }
 
 fn step(args: StepArgs) -> Result<ExitCode, CliError> {
+    let compute = compute(args.device, !args.no_amp, args.threads).map_err(|e| CliError::usage_from("the device cannot be used", e))?;
     let bench = StepBench {
         model: args.model.clone(),
         nc: args.nc,
@@ -74,9 +75,8 @@ fn step(args: StepArgs) -> Result<ExitCode, CliError> {
         boxes: args.boxes as usize,
         warmup: args.warmup as usize,
         steps: args.steps as usize,
-        threads: args.threads,
     };
-    let times = bench.run().map_err(|e| CliError::usage_from("the steps could not be timed", e))?;
+    let times = bench.run(&compute).map_err(|e| CliError::usage_from("the steps could not be timed", e))?;
     let mut sorted = times.seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;

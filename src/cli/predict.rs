@@ -185,7 +185,7 @@ pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictErro
         ..NmsArgs::prediction()
     };
     let imgsz = args.imgsz.map(|side| side as usize);
-    let mut predictor = Predictor::open(&args.weights, imgsz, nms, args.threads)?;
+    let mut predictor = Predictor::open(&args.weights, imgsz, nms, &Compute::Cpu { threads: args.threads })?;
     let names = predictor.names().to_vec();
     if let Some(&class) = args.classes.iter().flatten().find(|c| **c >= names.len()) {
         return Err(PredictError::NoClass { class, last: names.len().saturating_sub(1) });

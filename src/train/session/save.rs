@@ -18,6 +18,7 @@ impl Run<'_, '_> {
     /// Writes a checkpoint of where the run is.
     pub(super) fn save(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
+        self.network.fetch(&mut self.optimizer, &mut self.ema)?;
         self.progress.elapsed_s = self.elapsed_s();
         self.progress.ema_updates = self.ema.updates;
         // Between two steps the gradients are zero; within a window they are part of the state.
@@ -94,6 +95,7 @@ impl Run<'_, '_> {
         if !(self.args.save || is_last) {
             return Ok(());
         }
+        self.network.fetch(&mut self.optimizer, &mut self.ema)?;
         self.write_weights("last")?;
         if is_best {
             self.write_weights("best")?;
