@@ -19,11 +19,20 @@ macro_rules! sources {
 /// Headers that the files include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../../kernels/common.cuh")),
+    ("lanes.cuh", include_str!("../../../../kernels/lanes.cuh")),
     ("ptx.cuh", include_str!("../../../../kernels/ptx.cuh")),
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources!["cast"];
+pub const SOURCES: &[Source] = sources![
+    "cast",
+    "batch_norm_act",
+    "batch_norm_act_finish",
+    "border",
+    "image_input",
+    "max_pool2d",
+    "upsample_nearest",
+];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
