@@ -10,6 +10,7 @@ pub mod batch_norm_act;
 pub mod border;
 pub mod conv2d;
 pub mod image_input;
+pub(crate) mod lanes;
 pub mod max_pool2d;
 pub mod upsample_nearest;
 

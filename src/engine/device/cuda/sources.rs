@@ -16,14 +16,31 @@ macro_rules! sources {
     };
 }
 
+/// One line for each file `kernels/<name>`.
+macro_rules! headers {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../../kernels/", $name)))),*]
+    };
+}
+
 /// Headers that the files include, by name.
-pub const HEADERS: &[(&str, &str)] = &[
-    ("common.cuh", include_str!("../../../../kernels/common.cuh")),
-    ("ptx.cuh", include_str!("../../../../kernels/ptx.cuh")),
+pub const HEADERS: &[(&str, &str)] = headers![
+    "common.cuh",
+    "lanes.cuh",
+    "ptx.cuh",
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources!["cast", "ceiling"];
+pub const SOURCES: &[Source] = sources![
+    "batch_norm_act",
+    "batch_norm_act_finish",
+    "border",
+    "cast",
+    "ceiling",
+    "image_input",
+    "max_pool2d",
+    "upsample_nearest",
+];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
