@@ -11,6 +11,7 @@ pub mod ops;
 pub mod optim;
 pub mod params;
 pub mod plan;
+pub mod precision;
 pub mod rng;
 pub mod simd;
 pub mod tensor;

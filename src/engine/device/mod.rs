@@ -2,3 +2,4 @@
 
 mod arena;
 pub mod cpu;
+pub mod cuda;
