@@ -70,7 +70,7 @@ template <class T> DEVI void store_gradient(const DetectionArgs& args, const Uni
 DEVI float softplus(float x, float& share) {
   const bool is_negative = x < 0.0f;
   const float z = expf(is_negative ? x : -x);
-  const float r = 1.0f / ((1.0f + z) * (2.0f + z));
+  const float r = __fdividef(1.0f, (1.0f + z) * (2.0f + z));
   const float positive_share = r * (2.0f + z), s = z * (r * (1.0f + z));
   share = is_negative ? z * positive_share : positive_share;
   const float q = s * s;
@@ -276,6 +276,6 @@ template <class T> DEVI void terms(const DetectionArgs& args) {
   if (is_last_block(reinterpret_cast<u32*>(args.counters) + 1, gridDim.x)) finish_loss(args, shared);
 }
 
-KERNEL(detection_loss_terms_f32, DetectionArgs, 256) { terms<float>(args); }
-KERNEL(detection_loss_terms_bf16, DetectionArgs, 256) { terms<bf16>(args); }
-KERNEL(detection_loss_terms_f16, DetectionArgs, 256) { terms<f16>(args); }
+KERNEL_RESIDENT(detection_loss_terms_f32, DetectionArgs, 256, 3) { terms<float>(args); }
+KERNEL_RESIDENT(detection_loss_terms_bf16, DetectionArgs, 256, 3) { terms<bf16>(args); }
+KERNEL_RESIDENT(detection_loss_terms_f16, DetectionArgs, 256, 3) { terms<f16>(args); }

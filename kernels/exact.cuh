@@ -11,20 +11,11 @@ struct Exact {
   __device__ __forceinline__ Exact(float x) : v(x) {}
 };
 
-#if defined(BOXWRIGHT_EMULATOR)
-// The emulator is compiled without contraction.
-DEVI Exact operator+(Exact a, Exact b) { return Exact(a.v + b.v); }
-DEVI Exact operator-(Exact a, Exact b) { return Exact(a.v - b.v); }
-DEVI Exact operator*(Exact a, Exact b) { return Exact(a.v * b.v); }
-DEVI Exact operator/(Exact a, Exact b) { return Exact(a.v / b.v); }
-DEVI Exact exact_sqrt(Exact a) { return Exact(sqrtf(a.v)); }
-#else
 DEVI Exact operator+(Exact a, Exact b) { return Exact(__fadd_rn(a.v, b.v)); }
 DEVI Exact operator-(Exact a, Exact b) { return Exact(__fsub_rn(a.v, b.v)); }
 DEVI Exact operator*(Exact a, Exact b) { return Exact(__fmul_rn(a.v, b.v)); }
 DEVI Exact operator/(Exact a, Exact b) { return Exact(__fdiv_rn(a.v, b.v)); }
 DEVI Exact exact_sqrt(Exact a) { return Exact(__fsqrt_rn(a.v)); }
-#endif
 DEVI Exact operator-(Exact a) { return Exact(-a.v); }
 DEVI bool operator<(Exact a, Exact b) { return a.v < b.v; }
 DEVI bool operator>(Exact a, Exact b) { return a.v > b.v; }

@@ -20,10 +20,16 @@ macro_rules! sources {
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../../kernels/common.cuh")),
     ("ptx.cuh", include_str!("../../../../kernels/ptx.cuh")),
+    ("exact.cuh", include_str!("../../../../kernels/exact.cuh")),
+    ("detection.cuh", include_str!("../../../../kernels/detection.cuh")),
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources!["cast"];
+pub const SOURCES: &[Source] = sources![
+    "cast",
+    "detection_loss",
+    "task_aligned",
+];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
