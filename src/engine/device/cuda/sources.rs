@@ -26,6 +26,8 @@ macro_rules! headers {
 /// Headers that the files include, by name.
 pub const HEADERS: &[(&str, &str)] = headers![
     "common.cuh",
+    "detection.cuh",
+    "exact.cuh",
     "lanes.cuh",
     "ptx.cuh",
 ];
@@ -37,8 +39,11 @@ pub const SOURCES: &[Source] = sources![
     "border",
     "cast",
     "ceiling",
+    "detection_loss",
     "image_input",
     "max_pool2d",
+    "optim",
+    "task_aligned",
     "upsample_nearest",
 ];
 
