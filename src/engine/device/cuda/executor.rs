@@ -7,10 +7,11 @@ use std::sync::Arc;
 use super::{Buffer, Device, DeviceError, Launch, Precision, Stream, Tensor};
 use crate::engine::activation::Activation;
 use crate::engine::graph::{ConvNode, Graph, InputKind, Node, Value};
-use crate::engine::ops::batch_norm_act::cuda::BatchNormActKernels;
+use crate::engine::ops::batch_norm_act::cuda::{BatchNormActKernels, FinishStats, NormPointers, Running};
 use crate::engine::ops::border::cuda::BorderKernels;
 use crate::engine::ops::conv2d::cuda::{Conv2dKernels, Epilogue};
 use crate::engine::ops::image_input::cuda::ImageInputKernels;
+use crate::engine::ops::max_pool2d::cpu::Window;
 use crate::engine::ops::max_pool2d::cuda::MaxPool2dKernels;
 use crate::engine::ops::upsample_nearest::cuda::UpsampleNearestKernels;
 use crate::engine::params::ParamSet;
@@ -112,7 +113,7 @@ pub struct Executor {
 
 /// Files of the kernels that an executor loads for a chip.
 pub fn stems(device: &Device, precision: Precision) -> Vec<&'static str> {
-    let mut stems = vec!["cast", "batch_norm_act", "border", "image_input", "max_pool2d", "upsample_nearest"];
+    let mut stems = vec!["cast", "batch_norm_act", "batch_norm_act_finish", "border", "image_input", "max_pool2d", "upsample_nearest"];
     stems.extend(Conv2dKernels::stems(device.chip(), precision));
     stems
 }
@@ -304,7 +305,9 @@ impl Executor {
         plan.forward.iter().enumerate().try_for_each(|(i, step)| {
             self.stream.set_part(i as u32);
             run.step(graph, params, step)
-        })
+        })?;
+        self.stream.set_part(u32::MAX);
+        Ok(())
     }
 
     /// Queues the backward pass; adds to the gradients of `params`.
@@ -375,14 +378,17 @@ impl Run<'_> {
                 },
                 Step::Conv(s) => self.conv(graph, params, s),
                 Step::ConvBackward(s) => self.conv_backward(graph, params, s),
-                Step::MaxPool(p) => k.max_pool2d.forward(stream, t(&p.x), t(&p.z), window(p), self.span(p.indices)),
+                Step::MaxPool(p) => {
+                    let indices = p.indices.map(|s| self.span(Some(s)));
+                    k.max_pool2d.forward(stream, t(&p.x), t(&p.z), window(p), indices)
+                }
                 Step::MaxPoolBackward { pool: p, accumulate } => {
                     let indices = self.span(p.indices);
                     k.max_pool2d.backward(stream, t(&p.z), indices, t(&p.x), window(p), *accumulate)
                 }
-                Step::Upsample { x, z, factor } => k.upsample.forward(stream, t(x), t(z), *factor as u32),
+                Step::Upsample { x, z, factor } => k.upsample.forward(stream, t(x), t(z), *factor),
                 Step::UpsampleBackward { dz, dx, factor, accumulate } => {
-                    k.upsample.backward(stream, t(dz), t(dx), *factor as u32, *accumulate)
+                    k.upsample.backward(stream, t(dz), t(dx), *factor, *accumulate)
                 }
                 Step::ZeroBorder(view) => k.border.zero(stream, t(view)),
                 Step::Zero(view) => k.border.zero_inside(stream, t(view)),
@@ -413,36 +419,37 @@ impl Run<'_> {
             return convolve(self.tensor_of(s.z, 4), Epilogue::Bias { bias });
         };
         let z = self.tensor(s.z);
-        let c = p.c_out as u32;
         let stats = self.span(s.stats);
-        let running = (at.buffer(norm.running_mean), at.buffer(norm.running_var));
-        let (weight, bias) = (at.master(norm.weight), at.master(norm.bias));
+        let running = Running { mean: at.buffer(norm.running_mean), variance: at.buffer(norm.running_var) };
+        let (weight, bias, activation) = (at.master(norm.weight), at.master(norm.bias), node.activation);
         let (eps, momentum) = (graph.norm.eps, graph.norm.momentum);
-        let bn = &k.batch_norm_act;
+        let (bn, channels) = (&k.batch_norm_act, p.c_out);
         let Some(y) = s.y else {
+            let (scale, shift) = (stats, stats + 4 * channels as u64);
             // SAFETY: see `Run`.
-            unsafe { bn.fold(stream, weight, bias, running, eps, stats, c) }?;
-            let (scale, shift) = (stats, stats + 4 * u64::from(c));
-            return convolve(z, Epilogue::Apply { scale, shift, activation: node.activation, residual });
+            unsafe { bn.fold(stream, channels, [weight, bias], running, eps, [scale, shift]) }?;
+            return convolve(z, Epilogue::Apply { scale, shift, activation, residual });
         };
         let y = self.tensor(y);
-        if s.partials.is_some() {
-            let partials = self.span(s.partials);
+        if let Some(partials) = s.partials {
+            let rows_per_partial = self.plan.target.rows_per_partial(p, s);
+            let (pixels, partials) = (y.pixels() as usize, self.span(Some(partials)));
             convolve(y, Epilogue::Stats { partials })?;
-            let rows = if s.reads_image {
-                k.conv2d.image_rows_per_partial(p, &y)
-            } else {
-                k.conv2d.rows_per_partial(p, &self.tensor(s.x), &y)
+            let used = stats_partials_words(pixels, rows_per_partial, channels);
+            let scratch = partials + 4 * used as u64;
+            let finish = FinishStats {
+                partials, rows_per_partial, pixels, channels, stats, running, momentum, eps, scratch,
             };
             // SAFETY: see `Run`.
-            unsafe { bn.finish_stats(stream, partials, rows, y.pixels(), c, stats, running, momentum, eps) }?;
+            unsafe { bn.finish_stats(stream, &finish) }?;
         } else {
             convolve(y, Epilogue::Raw)?;
             // SAFETY: see `Run`.
-            unsafe { bn.running_stats(stream, running, eps, stats, c) }?;
+            unsafe { bn.running_stats(stream, channels, running, eps, stats) }?;
         }
+        let norm = NormPointers { stats, weight, bias, activation };
         // SAFETY: see `Run`.
-        unsafe { bn.forward(stream, y, stats, weight, bias, node.activation, residual, z) }
+        unsafe { bn.forward(stream, y, &norm, residual, z) }
     }
 
     fn conv_backward(
@@ -463,15 +470,17 @@ impl Run<'_> {
                 let norm = node.norm.expect("a gradient of the raw output belongs to a normalisation");
                 let y = self.tensor(s.y.expect("kept for every normalisation"));
                 let residual = s.residual_grad.map(|(view, accumulate)| (self.tensor(view), accumulate));
-                let grads = (!s.frozen_norm).then(|| (at.grad(norm.weight), at.grad(norm.bias)));
-                let (weight, bias) = (at.master(norm.weight), at.master(norm.bias));
-                let stats = self.span(s.stats);
+                let grads = (!s.frozen_norm).then(|| [at.grad(norm.weight), at.grad(norm.bias)]);
+                let pointers = NormPointers {
+                    stats: self.span(s.stats),
+                    weight: at.master(norm.weight),
+                    bias: at.master(norm.bias),
+                    activation: node.activation,
+                };
                 let dz = self.tensor(s.dz);
                 // SAFETY: see `Run`.
                 unsafe {
-                    k.batch_norm_act.backward(
-                        stream, dz, y, stats, weight, bias, node.activation, grads, partials, dy, residual,
-                    )
+                    k.batch_norm_act.backward(stream, y, dz, &pointers, grads, partials, dy, residual)
                 }?;
                 dy
             }
@@ -484,7 +493,7 @@ impl Run<'_> {
         unsafe {
             if !s.frozen_weight {
                 if let Some(bias) = node.bias {
-                    k.batch_norm_act.backward_bias(stream, dy, partials, at.grad(bias))?;
+                    k.batch_norm_act.bias_gradient(stream, dy, at.grad(bias), partials)?;
                 }
                 let dw = at.grad(node.weight);
                 if s.reads_image {
@@ -531,8 +540,8 @@ impl Places<'_> {
     }
 }
 
-fn window(p: &PoolStep) -> crate::engine::ops::max_pool2d::cuda::Window {
-    crate::engine::ops::max_pool2d::cuda::Window { kernel: p.kernel as u32, stride: p.stride as u32, pad: p.pad as u32 }
+fn window(p: &PoolStep) -> Window {
+    Window { kernel: p.kernel, stride: p.stride, pad: p.pad }
 }
 
 fn node(graph: &Graph, index: usize) -> &ConvNode {
