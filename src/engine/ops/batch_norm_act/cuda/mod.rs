@@ -1,6 +1,8 @@
 //! Batch normalisation and activation on a GPU: `kernels/batch_norm_act.cu` and `kernels/batch_norm_act_finish.cu`.
 
 mod args;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
