@@ -167,7 +167,7 @@ impl Buffers {
     ) {
         let (n, again) = (self.batch, 2 * nodes - i);
         let [h, w, c_out] = graph.shapes[c.out.0];
-        let sizes = self.target.conv_words(&self.conv_layout(graph, c));
+        let sizes = self.target.conv_words(&self.conv_layout(graph, c, mode));
         let mut b = ConvBuffers { packed: self.request(sizes.packed, i, i), ..Default::default() };
         let train = mode == Mode::Train;
         b.workspace_forward = (sizes.workspace > 0).then(|| self.request(sizes.workspace, i, i));
@@ -198,20 +198,29 @@ impl Buffers {
     }
 
     /// What a convolution's scratch depends on.
-    fn conv_layout(&self, graph: &Graph, c: &ConvNode) -> ConvLayout {
-        let [h, w, _] = graph.shapes[c.out.0];
-        // Vectors of eight numbers can be moved where channels begin and end at multiples of eight.
-        let is_aligned = |v: Value| {
+    fn conv_layout(&self, graph: &Graph, c: &ConvNode, mode: Mode) -> ConvLayout {
+        let view = |v: Value, pad: Option<usize>, pitch: Option<usize>| {
             let (root, from) = self.home[v.0];
-            [from, self.shapes[root.0][2], self.shapes[v.0][2]].iter().all(|c| c.is_multiple_of(8))
+            let [h, w, all] = self.shapes[root.0];
+            let pad = pad.unwrap_or(self.pad[root.0]);
+            let from = if self.image[root.0] { 0 } else { from };
+            View::new(0, self.batch, h, w, pitch.unwrap_or(all), pad).slice(from, self.shapes[v.0][2])
         };
+        let [h, w, channels] = graph.shapes[c.out.0];
+        let dense = |pad| View::new(0, self.batch, h, w, channels, pad);
+        let is_raw = c.norm.is_some() && mode == Mode::Train;
+        let is_image = self.image[self.home[c.x.0].0.0];
+        let root = |v: Value| self.home[v.0].0.0;
         ConvLayout {
             params: c.params,
-            n: self.batch,
-            h,
-            w,
-            is_image: self.image[self.home[c.x.0].0.0],
-            is_aligned: is_aligned(c.x) && is_aligned(c.out) && c.residual.is_none_or(is_aligned),
+            x: view(c.x, is_image.then_some(0), None),
+            out: if is_raw { dense(0) } else { view(c.out, None, None) },
+            dy: match c.norm {
+                Some(_) => dense(c.params.gradient_border()),
+                None => view(c.out, Some(0), Some(self.gradient_pitch[root(c.out)])),
+            },
+            dx: view(c.x, Some(0), Some(self.gradient_pitch[root(c.x)])),
+            is_image,
             has_norm: c.norm.is_some(),
         }
     }

@@ -22,6 +22,7 @@ use super::tensor::View;
 pub(crate) use steps::{ConvBackwardStep, ConvStep, PoolStep, Step};
 pub use cost::{Cost, StepCost};
 pub use target::Target;
+pub(crate) use target::stats_words;
 
 /// What a plan is for. An argument, never guessed from the surroundings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,8 +2,11 @@
 
 use crate::engine::device::cuda::{Chip, Precision};
 use crate::engine::graph::{Graph, InputKind, Node};
+use crate::engine::ops::batch_norm_act::cuda as norm;
 use crate::engine::ops::conv2d::Conv2dParams;
+use crate::engine::ops::conv2d::cuda::{Pass, Shape, StatsLayout};
 use crate::engine::ops::{batch_norm_act, conv2d};
+use crate::engine::tensor::View;
 
 /// The device that runs a plan, and in what numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,15 +22,17 @@ pub enum Target {
     },
 }
 
-/// What the scratch of a convolution depends on.
+/// What the scratch of a convolution depends on: its views, as if every buffer began at 0.
 pub(crate) struct ConvLayout {
     pub params: Conv2dParams,
-    pub n: usize,
-    pub h: usize,
-    pub w: usize,
+    pub x: View,
+    /// What the convolution itself writes.
+    pub out: View,
+    /// Gradient of its output.
+    pub dy: View,
+    /// Gradient of its input.
+    pub dx: View,
     pub is_image: bool,
-    /// Vectors of eight numbers can be moved.
-    pub is_aligned: bool,
     pub has_norm: bool,
 }
 
@@ -88,7 +93,7 @@ impl Target {
 
     /// Scratch of a convolution.
     pub(crate) fn conv_words(&self, layout: &ConvLayout) -> ConvWords {
-        let ConvLayout { params: p, n, h, w, .. } = *layout;
+        let (p, View { n, h, w, .. }) = (layout.params, layout.out);
         match self {
             Target::Cpu => ConvWords {
                 packed: p.packed_forward_len(),
@@ -102,7 +107,57 @@ impl Target {
                 },
                 workspace_backward: p.backward_weight_workspace_len(n, h, w),
             },
-            Target::Cuda { .. } => ConvWords::default(),
+            Target::Cuda { precision, chip } => cuda_words(layout, *precision, chip),
         }
+    }
+
+    /// Pixels of each partial statistic that a convolution leaves.
+    pub(crate) fn stats_layout(&self, p: &Conv2dParams, x: &View, y: &View, is_image: bool) -> StatsLayout {
+        match self {
+            Target::Cpu => unreachable!("the CPU cuts its statistics itself"),
+            Target::Cuda { precision, chip } => stats_layout(p, x, y, is_image, *precision, chip),
+        }
+    }
+}
+
+fn stats_layout(
+    p: &Conv2dParams,
+    x: &View,
+    y: &View,
+    is_image: bool,
+    precision: Precision,
+    chip: &Chip,
+) -> StatsLayout {
+    if is_image {
+        return conv2d::cuda::image_stats_layout(p, y, precision, chip);
+    }
+    conv2d::cuda::stats_layout(p, &Shape::of_views(x, y, precision), precision, chip)
+}
+
+/// Floats of partial statistics before the scratch of the kernel that joins them.
+pub(crate) fn stats_words(layout: &StatsLayout, p: &Conv2dParams) -> usize {
+    layout.len(p).next_multiple_of(4)
+}
+
+fn cuda_words(layout: &ConvLayout, precision: Precision, chip: &Chip) -> ConvWords {
+    let ConvLayout { params: p, x, out, dy, dx, is_image, has_norm } = layout;
+    let pixels = out.n * out.h * out.w;
+    let words = |pass, a: &View, b: &View| {
+        conv2d::cuda::workspace_len(pass, p, &Shape::of_views(a, b, precision), precision, chip)
+    };
+    let stats = stats_layout(p, x, out, *is_image, precision, chip);
+    let scratch = norm::finish_stats_scratch_len(pixels, stats.pixels_per_partial, p.c_out);
+    ConvWords {
+        partials: stats_words(&stats, p) + scratch,
+        workspace: if *is_image { 0 } else { words(Pass::Forward, x, out) },
+        partials_backward: match has_norm {
+            true => norm::backward_workspace_len(precision, pixels, p.c_out),
+            false => norm::bias_gradient_workspace_len(pixels, p.c_out),
+        },
+        workspace_backward: match is_image {
+            true => conv2d::cuda::image_workspace_len(p, dy, precision, chip),
+            false => words(Pass::BackwardWeight, x, dy).max(words(Pass::BackwardData, dx, dy)),
+        },
+        ..ConvWords::default()
     }
 }

@@ -109,9 +109,12 @@ impl Run<'_, '_> {
         self.add_losses(items);
         let accumulate = self.schedule.accumulate_at(iteration) as i64;
         if iteration as i64 - self.progress.last_step >= accumulate {
-            let norm = self.step()?;
-            if !norm.is_finite() {
-                return Ok(Some(self.diverged("the gradient norm", norm, batch)));
+            match self.step()? {
+                Some(norm) if !norm.is_finite() => {
+                    return Ok(Some(self.diverged("the gradient norm", norm, batch)));
+                }
+                // An overflow of half precision passes by with a smaller loss scale.
+                _ => {}
             }
             self.progress.last_step = iteration as i64;
             self.progress.step += 1;
@@ -122,7 +125,7 @@ impl Run<'_, '_> {
 
     /// Clips, moves the parameters and their average, clears the gradients; returns the gradient norm.
     /// A norm that is not finite moves nothing.
-    fn step(&mut self) -> Result<f64, TrainError> {
+    fn step(&mut self) -> Result<Option<f64>, TrainError> {
         let Run { network, optimizer, ema, .. } = self;
         network.update(optimizer, ema, GRADIENT_NORM_MAX)
     }

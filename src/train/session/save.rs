@@ -21,6 +21,7 @@ impl Run<'_, '_> {
         self.network.fetch(&mut self.optimizer, &mut self.ema)?;
         self.progress.elapsed_s = self.elapsed_s();
         self.progress.ema_updates = self.ema.updates;
+        self.progress.loss_scale = self.network.loss_scale()?;
         // Between two steps the gradients are zero; within a window they are part of the state.
         let is_pending = self.iteration() as i64 - 1 != self.progress.last_step;
         let params = &self.network.params;
@@ -84,6 +85,9 @@ impl Run<'_, '_> {
         self.ema.buffers = checkpoint.ema_buffers;
         self.ema.updates = checkpoint.progress.ema_updates;
         self.progress = checkpoint.progress;
+        if let Some(scale) = self.progress.loss_scale {
+            self.network.set_loss_scale(scale)?;
+        }
         self.schedule = self.schedule.clone().with_epochs(self.progress.epochs.max(1));
         Ok(())
     }

@@ -15,7 +15,7 @@ use crate::engine::ops::max_pool2d::cpu::Window;
 use crate::engine::ops::max_pool2d::cuda::MaxPool2dKernels;
 use crate::engine::ops::upsample_nearest::cuda::UpsampleNearestKernels;
 use crate::engine::params::ParamSet;
-use crate::engine::plan::{ConvBackwardStep, ConvStep, Plan, PoolStep, Span, Step, Target};
+use crate::engine::plan::{ConvBackwardStep, ConvStep, Plan, PoolStep, Span, Step, Target, stats_words};
 use crate::engine::tensor::View;
 
 /// The numbers of a network on the device, in the places of [`ParamSet`].
@@ -114,7 +114,7 @@ pub struct Executor {
 /// Files of the kernels that an executor loads for a chip.
 pub fn stems(device: &Device, precision: Precision) -> Vec<&'static str> {
     let mut stems = vec!["cast", "batch_norm_act", "batch_norm_act_finish", "border", "image_input", "max_pool2d", "upsample_nearest"];
-    stems.extend(Conv2dKernels::stems(device.chip(), precision));
+    stems.extend(Conv2dKernels::stems(precision, device.chip()));
     stems
 }
 
@@ -432,11 +432,11 @@ impl Run<'_> {
         };
         let y = self.tensor(y);
         if let Some(partials) = s.partials {
-            let rows_per_partial = self.plan.target.rows_per_partial(p, s);
-            let (pixels, partials) = (y.pixels() as usize, self.span(Some(partials)));
+            let layout = self.plan.target().stats_layout(p, &s.x, &s.y.expect("checked above"), s.reads_image);
+            let (rows_per_partial, pixels) = (layout.pixels_per_partial, y.pixels() as usize);
+            let partials = self.span(Some(partials));
             convolve(y, Epilogue::Stats { partials })?;
-            let used = stats_partials_words(pixels, rows_per_partial, channels);
-            let scratch = partials + 4 * used as u64;
+            let scratch = partials + 4 * stats_words(&layout, p) as u64;
             let finish = FinishStats {
                 partials, rows_per_partial, pixels, channels, stats, running, momentum, eps, scratch,
             };

@@ -10,8 +10,8 @@ use crate::detect::losses::detection::{DetectionLoss, LossConfig, LossItems};
 use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, DeviceHeadLevel, LossCapacity};
 use crate::detect::targets::Target;
 use crate::engine::device::cuda::executor::{DeviceParams, Executor};
-use crate::engine::device::cuda::{CapturedGraph, Device, DeviceError, LaunchTime, PinnedBuffer, Precision};
-use crate::engine::optim::cuda::DeviceOptimizer;
+use crate::engine::device::cuda::{Buffer, CapturedGraph, Device, DeviceError, LaunchTime, PinnedBuffer, Precision};
+use crate::engine::optim::cuda::{DeviceOptimizer, LossScale, StepTargets};
 use crate::engine::optim::{Ema, Optimizer};
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan, Target as PlanTarget};
@@ -21,6 +21,8 @@ use crate::train::error::TrainError;
 const BOXES_AT_FIRST: usize = 1024;
 /// Bytes that one thread copies into pinned memory at a time.
 const COPY_BYTES: usize = 1 << 20;
+/// An overflow at a smaller scale than this is no matter of scale.
+const LOSS_SCALE_MIN: f32 = 1.0 / 1024.0;
 
 /// One launch of a step and its time.
 #[derive(Clone, Debug)]
@@ -40,6 +42,8 @@ pub(super) struct CudaBackend {
     loss_config: LossConfig,
     loss: Option<DeviceDetectionLoss>,
     optimizer: Option<DeviceOptimizer>,
+    /// The factor of the loss in half precision.
+    loss_scale: Option<Buffer>,
     /// Forward, loss and backward by (images, height, width).
     captured: HashMap<(usize, usize, usize), CapturedGraph>,
     /// False once the driver refused to capture.
@@ -60,7 +64,13 @@ impl CudaBackend {
         let executor = Executor::new(gpu, precision).map_err(device("load its kernels"))?;
         let params = DeviceParams::new(executor.stream(), params, precision)
             .map_err(device("take memory for the parameters"))?;
+        let scale = (precision == Precision::F16).then(|| gpu.allocate(std::mem::size_of::<LossScale>()));
+        let loss_scale = scale.transpose().map_err(device("take memory for the loss scale"))?;
+        if let Some(buffer) = &loss_scale {
+            executor.stream().upload(buffer, 0, &[LossScale::START]).map_err(device("set the loss scale"))?;
+        }
         Ok(CudaBackend {
+            loss_scale,
             pinned: gpu.allocate_pinned(0).map_err(device("pin memory"))?,
             executor,
             params,
@@ -86,7 +96,7 @@ impl CudaBackend {
     pub fn bytes(&self, params: &ParamSet) -> usize {
         let precision = self.executor.precision();
         let loss = self.loss.as_ref().map_or(0, |l| DeviceDetectionLoss::bytes(&self.loss_config, &l.capacity()));
-        let optimizer = self.optimizer.as_ref().map_or(0, DeviceOptimizer::bytes);
+        let optimizer = self.optimizer.as_ref().map_or(0, DeviceOptimizer::allocated_bytes);
         self.executor.bytes()
             + DeviceParams::bytes(params.values.len(), params.buffers.len(), precision)
             + loss
@@ -137,10 +147,10 @@ impl CudaBackend {
         self.push_params(params)?;
         let stream = self.executor.stream();
         if self.optimizer.is_none() {
-            let made = DeviceOptimizer::new(stream, optimizer, params);
+            let made = DeviceOptimizer::new(stream, optimizer, ema);
             self.optimizer = Some(made.map_err(device("take memory for the optimiser"))?);
         }
-        let on_device = self.optimizer.as_mut().expect("made above");
+        let on_device = self.optimizer.as_ref().expect("made above");
         on_device.upload(stream, optimizer, ema).map_err(device("take the optimiser's state"))
     }
 
@@ -227,7 +237,7 @@ impl CudaBackend {
             })
             .collect();
         let loss = self.loss.as_ref().expect("reserved with the plan");
-        let scale = self.optimizer.as_ref().map_or(0, DeviceOptimizer::loss_scale);
+        let scale = self.loss_scale.as_ref().map_or(0, Buffer::pointer);
         // SAFETY: the views lie in the executor's arena, where outputs and their gradients have places of their own;
         // the boxes of this batch were uploaded on the same stream.
         unsafe { loss.compute(self.executor.stream(), &levels, plan.batch(), scale) }?;
@@ -276,15 +286,49 @@ impl CudaBackend {
         unsafe { stream.upload_pinned(input, 0, &self.pinned, images.len()) }.map_err(failed)
     }
 
+    /// The norm; `None` when the gradients overflowed half precision, which halved the scale and moved nothing.
     pub fn update(
         &mut self,
         optimizer: &mut Optimizer,
         ema: &mut Ema,
         norm_max: f64,
-    ) -> Result<f64, TrainError> {
+    ) -> Result<Option<f64>, TrainError> {
+        let failed = device("move the parameters");
         let on_device = self.optimizer.as_mut().expect("pushed before the first batch");
         let stream = self.executor.stream();
-        on_device.step(stream, optimizer, ema, &self.params, norm_max).map_err(device("move the parameters"))
+        let targets = StepTargets {
+            values: self.params.values.pointer(),
+            grads: self.params.grads.pointer(),
+            buffers: self.params.buffers.pointer(),
+            copy: 0,
+            precision: self.executor.precision(),
+            loss_scale: self.loss_scale.as_ref().map_or(0, Buffer::pointer),
+        };
+        // SAFETY: the result of every step is read, so all earlier uploads have run; the addresses are those of
+        // parameters of the optimiser's network, on its stream.
+        unsafe {
+            let growth = LossScale::GROWTH_INTERVAL;
+            on_device.upload_step(stream, optimizer, ema, norm_max, growth).map_err(&failed)?;
+            on_device.step(stream, &targets).map_err(&failed)?;
+        }
+        let result = on_device.read(stream).map_err(&failed)?;
+        DeviceOptimizer::commit(&result, optimizer, ema);
+        let overflowed = result.is_finite == 0 && self.loss_scale()?.is_some_and(|s| s.scale > LOSS_SCALE_MIN);
+        Ok((!overflowed).then_some(result.norm))
+    }
+
+    /// The factor of the loss in half precision.
+    pub fn loss_scale(&self) -> Result<Option<LossScale>, TrainError> {
+        let Some(buffer) = &self.loss_scale else { return Ok(None) };
+        let mut scale = [LossScale::START];
+        self.executor.stream().download(buffer, 0, &mut scale).map_err(device("tell the loss scale"))?;
+        Ok(Some(scale[0]))
+    }
+
+    /// Sets the factor of the loss; ignored in other precisions.
+    pub fn set_loss_scale(&mut self, scale: LossScale) -> Result<(), TrainError> {
+        let Some(buffer) = &self.loss_scale else { return Ok(()) };
+        self.executor.stream().upload(buffer, 0, &[scale]).map_err(device("take the loss scale"))
     }
 
     pub fn infer(

@@ -18,6 +18,7 @@ use crate::detect::targets::Target;
 use crate::engine::device::cpu::Profile;
 use crate::engine::device::cuda::{Device, DeviceError, Precision};
 use crate::engine::error::EngineError;
+use crate::engine::optim::cuda::LossScale;
 use crate::engine::optim::{Ema, Optimizer};
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan, StepCost, Target as PlanTarget};
@@ -273,7 +274,8 @@ impl Network {
     }
 
     /// Clips the gradients to `norm_max`, moves the parameters and their average, clears the gradients; returns
-    /// the norm before clipping. A norm that is not finite moves nothing.
+    /// the norm before clipping. A norm that is not finite moves nothing; `None` when the gradients merely overflowed half
+    /// precision, which changed the loss scale and moved nothing.
     ///
     /// # Errors
     /// A fault of the device.
@@ -282,10 +284,32 @@ impl Network {
         optimizer: &mut Optimizer,
         ema: &mut Ema,
         norm_max: f64,
-    ) -> Result<f64, TrainError> {
+    ) -> Result<Option<f64>, TrainError> {
         match &mut self.backend {
-            Backend::Cpu(cpu) => Ok(cpu.update(&mut self.params, optimizer, ema, norm_max)),
+            Backend::Cpu(cpu) => Ok(Some(cpu.update(&mut self.params, optimizer, ema, norm_max))),
             Backend::Cuda(cuda) => cuda.update(optimizer, ema, norm_max),
+        }
+    }
+
+    /// The loss scale and the steps since it last changed, in half precision.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn loss_scale(&self) -> Result<Option<(f32, u32)>, TrainError> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(None),
+            Backend::Cuda(cuda) => Ok(cuda.loss_scale()?.map(|s| (s.scale, s.good_steps))),
+        }
+    }
+
+    /// Sets the loss scale; ignored where there is none.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn set_loss_scale(&mut self, (scale, good_steps): (f32, u32)) -> Result<(), TrainError> {
+        match &mut self.backend {
+            Backend::Cpu(_) => Ok(()),
+            Backend::Cuda(cuda) => cuda.set_loss_scale(LossScale { scale, good_steps }),
         }
     }
 
