@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::CliError;
+use crate::train::args::Device;
 use crate::train::bench::{StepBench, StepTimes};
 
 /// Measures speed on this machine.
@@ -45,6 +46,9 @@ pub struct StepArgs {
     /// Threads; 0 for all cores.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
+    /// cpu, cuda or cuda:N; the best device there is when not given.
+    #[arg(long, value_name = "DEVICE", default_value = "", hide_default_value = true)]
+    pub device: Device,
     /// Steps before the clock starts.
     #[arg(long, default_value_t = 3)]
     pub warmup: u32,
@@ -75,6 +79,7 @@ fn step(args: StepArgs) -> Result<ExitCode, CliError> {
         warmup: args.warmup as usize,
         steps: args.steps as usize,
         threads: args.threads,
+        device: args.device,
     };
     let times = bench.run().map_err(|e| CliError::usage_from("the steps could not be timed", e))?;
     let mut sorted = times.seconds.clone();

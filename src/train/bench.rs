@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use super::args::Device;
+use super::device;
 use super::error::TrainError;
 use super::session::{Network, initialise};
 use crate::data::Batch;
@@ -32,6 +34,8 @@ pub struct StepBench {
     pub steps: usize,
     /// Threads, 0 for all cores.
     pub threads: usize,
+    /// The device.
+    pub device: Device,
 }
 
 /// What was measured.
@@ -57,6 +61,7 @@ impl StepBench {
     /// # Errors
     /// An unknown model, a wrong size, memory refused.
     pub fn run(&self) -> Result<StepTimes, TrainError> {
+        device::cpu_only(self.device, "the timing of steps")?;
         let mut network = Network::new(&self.model, self.nc, LossConfig::new(self.nc), self.threads)?;
         let detector = Detector::build(&self.model, self.nc, self.imgsz, self.imgsz)
             .map_err(|e| TrainError::Config { key: "imgsz".into(), message: e.to_string() })?;

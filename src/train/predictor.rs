@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::path::Path;
 
+use super::args::Device;
+use super::device;
 use super::error::TrainError;
 use super::session::load_model;
 use crate::data::Image;
@@ -44,7 +46,7 @@ struct Shaped {
 
 impl Predictor {
     /// Reads trained weights and prepares to look at images scaled so that the longer side is `imgsz` pixels,
-    /// rounded up to a multiple of 32 (by default as in training), on `threads` threads (0: all cores).
+    /// rounded up to a multiple of 32 (by default as in training), on `device` with `threads` threads (0: all cores).
     ///
     /// # Errors
     /// [`TrainError::Weights`] for weights that cannot be used, [`TrainError::Config`] for a size out of range,
@@ -54,7 +56,9 @@ impl Predictor {
         imgsz: Option<usize>,
         nms: NmsArgs,
         threads: usize,
+        device: Device,
     ) -> Result<Predictor, TrainError> {
+        device::cpu_only(device, "prediction")?;
         let model = load_model(weights)?;
         let imgsz = imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT);
         if !(1..=IMGSZ_MAX).contains(&imgsz) {

@@ -9,6 +9,8 @@ use crate::data::cache::CacheArgs;
 use crate::data::{Dataset, DatasetOptions, LoaderArgs, Split, SplitName, ValLoader};
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::nms::NmsArgs;
+use crate::train::args::Device;
+use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::files;
 
@@ -44,6 +46,8 @@ pub struct ValidateFileArgs {
     pub workers: usize,
     /// Compute threads; 0 takes all cores.
     pub threads: usize,
+    /// The device.
+    pub device: Device,
 }
 
 /// Validates a weights file; `None` when told to stop. Also gives the class names.
@@ -54,6 +58,7 @@ pub fn validate_file(
     args: &ValidateFileArgs,
     should_stop: &mut dyn FnMut() -> bool,
 ) -> Result<Option<(Validation, Vec<String>)>, TrainError> {
+    device::cpu_only(args.device, "validation of a file")?;
     let model = load_model(&args.weights)?;
     let (split, names) = open_split(args, &model.names())?;
     let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT);

@@ -1,0 +1,30 @@
+//! The device that a session, a validation, a prediction or a measurement computes on.
+
+use super::args::{Device, ResolvedDevice};
+use super::error::TrainError;
+use crate::engine::device::cuda::probe;
+
+/// The device of this machine that `wanted` means.
+///
+/// # Errors
+/// [`TrainError::Config`] with one sentence when a GPU is named that is not there or cannot be used.
+pub fn resolve(wanted: Device) -> Result<ResolvedDevice, TrainError> {
+    // Looking for GPUs starts the driver, which takes time and memory.
+    if wanted == Device::Cpu {
+        return Ok(ResolvedDevice::Cpu);
+    }
+    wanted
+        .resolve(&probe())
+        .map_err(|message| TrainError::Config { key: "device".into(), message })
+}
+
+/// Refuses a GPU that is named for work that only the CPU does; the best device there is means the CPU here.
+///
+/// # Errors
+/// As [`resolve`], or a sentence that says what computes on the CPU.
+pub fn cpu_only(wanted: Device, work: &str) -> Result<(), TrainError> {
+    let Device::Cuda(ordinal) = wanted else { return Ok(()) };
+    resolve(wanted)?;
+    let message = format!("cuda:{ordinal} was asked for; {work} computes on the CPU in this version");
+    Err(TrainError::Config { key: "device".into(), message })
+}
