@@ -55,6 +55,8 @@ pub struct SessionSpec {
     pub checkpoint_interval_s: u64,
     /// Checkpoints kept, at least two.
     pub checkpoints_kept: usize,
+    /// Share of a GPU's memory that the session may take, above 0 up to 1.
+    pub gpu_share_max: f64,
 }
 
 impl SessionSpec {
@@ -68,6 +70,7 @@ impl SessionSpec {
             threads: 0,
             checkpoint_interval_s: 60,
             checkpoints_kept: 2,
+            gpu_share_max: 1.0,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::data::{Split, SplitName};
 use crate::engine::optim::Ema;
 use crate::train::args::Source;
 use crate::train::checkpoint::{self, Checkpoint, Store};
+use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::SessionEvent;
 use crate::train::schedule::Schedule;
@@ -27,7 +28,7 @@ pub(super) fn prepare<'r, 'o>(
     reporter: &'r mut Reporter<'o>,
 ) -> Result<Run<'r, 'o>, TrainError> {
     let mut args = spec.args.clone();
-    let compute = compute(spec, &args)?;
+    let compute = device::open(args.device, args.amp, spec.threads)?;
     let store = Store::new(reporter.folder.state(), spec.checkpoints_kept);
     let found = find_checkpoint(spec, &store, reporter)?;
     let dataset = open_dataset(&args, reporter)?;
