@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use super::CliError;
-use crate::train::args::Device;
+use crate::train::args::{Amp, Device};
 use crate::train::bench::{StepBench, StepTimes};
+use crate::train::device;
 
 /// Measures speed on this machine.
 #[derive(clap::Args, Debug)]

@@ -1,9 +1,9 @@
 //! The device that a session, a validation, a prediction or a measurement computes on.
 
-use super::args::{Device, ResolvedDevice};
+use super::args::{Amp, Device, ResolvedDevice};
 use super::error::TrainError;
 use super::session::Compute;
-use crate::engine::device::cuda::probe;
+use crate::engine::device::cuda::{Device as CudaDevice, probe};
 
 /// The device of this machine that `wanted` means.
 ///
@@ -14,9 +14,7 @@ pub fn resolve(wanted: Device) -> Result<ResolvedDevice, TrainError> {
     if wanted == Device::Cpu {
         return Ok(ResolvedDevice::Cpu);
     }
-    wanted
-        .resolve(&probe())
-        .map_err(|message| TrainError::Config { key: "device".into(), message })
+    wanted.resolve(&probe()).map_err(|message| TrainError::Config { key: "device".into(), message })
 }
 
 /// Opens the device of this machine that `wanted` means and settles the precision that `amp` means there. The CPU

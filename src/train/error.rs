@@ -1,11 +1,11 @@
 //! Why a training session failed, by class.
 
-use crate::engine::device::cuda::DeviceError;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::child::ExitCode;
+use crate::engine::device::cuda::DeviceError;
 
 /// The class of a failure: what a supervisor decides retries by and what a user reads first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,15 +23,6 @@ pub enum FailureClass {
     Device,
     /// A file could not be written or read.
     Storage,
-    /// A GPU failed or cannot be used.
-    #[error("the GPU failed while it was asked to {action}")]
-    Device {
-        /// What was tried.
-        action: &'static str,
-        /// Why.
-        #[source]
-        source: DeviceError,
-    },
     /// A fault of the program.
     Internal,
 }
@@ -174,6 +165,15 @@ pub enum TrainError {
         /// Why.
         #[source]
         source: crate::engine::error::EngineError,
+    },
+    /// A GPU failed or cannot be used.
+    #[error("the GPU failed while it was asked to {action}")]
+    Device {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: DeviceError,
     },
     /// A fault of the program.
     #[error("internal fault: {message}")]

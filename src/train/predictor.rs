@@ -49,13 +49,15 @@ impl Predictor {
             return Err(TrainError::Config { key: "imgsz".into(), message });
         }
         let names = model.names();
-        let mut network = Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), compute)
-            .map_err(|error| match error {
-                TrainError::Config { message, .. } => {
-                    TrainError::Weights { path: weights.to_owned(), message, source: None }
-                }
-                other => other,
-            })?;
+        let mut network =
+            Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), compute).map_err(
+                |error| match error {
+                    TrainError::Config { message, .. } => {
+                        TrainError::Weights { path: weights.to_owned(), message, source: None }
+                    }
+                    other => other,
+                },
+            )?;
         model.load_into(weights, &mut network.params)?;
         network.push_params()?;
         let imgsz = imgsz.next_multiple_of(STRIDE_MAX);

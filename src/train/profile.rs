@@ -70,7 +70,11 @@ pub struct StepProfile {
 ///
 /// # Errors
 /// As [`StepBench::run`]; a fault of the device.
-pub fn profile(bench: &StepBench, device: &Arc<Device>, precision: Precision) -> Result<StepProfile, TrainError> {
+pub fn profile(
+    bench: &StepBench,
+    device: &Arc<Device>,
+    precision: Precision,
+) -> Result<StepProfile, TrainError> {
     let failed = |source| TrainError::Device { action: "measure its ceilings", source };
     let ceilings = ceiling::measure(device, precision).map_err(failed)?;
     let compute = Compute::Cuda { device: Arc::clone(device), precision };

@@ -87,7 +87,8 @@ impl Plan {
                 let norm = if s.dy.is_some() { 5 * map(&s.dz) } else { 0 };
                 let mut cost = Cost { bytes: norm, flops: 0 };
                 if !s.frozen_weight {
-                    cost += Cost { bytes: map(&s.dz) + x + 8 * c.params.weight_len() as u64, flops: products };
+                    cost +=
+                        Cost { bytes: map(&s.dz) + x + 8 * c.params.weight_len() as u64, flops: products };
                 }
                 if let Some((dx, adds)) = &s.dx {
                     let times = 1 + u64::from(*adds);

@@ -19,8 +19,8 @@ mod target;
 use super::graph::{Graph, InputKind, Value};
 use super::params::ParamSet;
 use super::tensor::View;
-pub(crate) use steps::{ConvBackwardStep, ConvStep, PoolStep, Step};
 pub use cost::{Cost, StepCost};
+pub(crate) use steps::{ConvBackwardStep, ConvStep, PoolStep, Step};
 pub use target::Target;
 pub(crate) use target::stats_words;
 

@@ -63,8 +63,7 @@ pub fn validate_file(
     let (split, names) = open_split(args, &model.names())?;
     let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT);
     let imgsz = feeding::next_stride(imgsz);
-    let mut network =
-        Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), &compute)?;
+    let mut network = Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), &compute)?;
     model.load_into(&args.weights, &mut network.params)?;
     network.push_params()?;
     let data_error = |e| feeding::data_error(&args.data.to_string_lossy(), e);

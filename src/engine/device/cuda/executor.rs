@@ -38,7 +38,11 @@ impl DeviceParams {
     ///
     /// # Errors
     /// Memory refused.
-    pub fn new(stream: &Stream, params: &ParamSet, precision: Precision) -> Result<DeviceParams, DeviceError> {
+    pub fn new(
+        stream: &Stream,
+        params: &ParamSet,
+        precision: Precision,
+    ) -> Result<DeviceParams, DeviceError> {
         let device = stream.device();
         let count = params.values.len();
         let cast = (precision != Precision::F32).then(|| device.allocate(count * 2)).transpose()?;
@@ -113,7 +117,15 @@ pub struct Executor {
 
 /// Files of the kernels that an executor loads for a chip.
 pub fn stems(device: &Device, precision: Precision) -> Vec<&'static str> {
-    let mut stems = vec!["cast", "batch_norm_act", "batch_norm_act_finish", "border", "image_input", "max_pool2d", "upsample_nearest"];
+    let mut stems = vec![
+        "cast",
+        "batch_norm_act",
+        "batch_norm_act_finish",
+        "border",
+        "image_input",
+        "max_pool2d",
+        "upsample_nearest",
+    ];
     stems.extend(Conv2dKernels::stems(precision, device.chip()));
     stems
 }
@@ -174,7 +186,9 @@ impl Executor {
     /// Memory refused; what was held before is given back in that case.
     pub fn reserve(&mut self, plan: &Plan) -> Result<bool, DeviceError> {
         let mut moved = false;
-        for (held, needed) in [(&mut self.arena, plan.arena_floats * 4), (&mut self.input, plan.bytes().input)] {
+        for (held, needed) in
+            [(&mut self.arena, plan.arena_floats * 4), (&mut self.input, plan.bytes().input)]
+        {
             if held.bytes() < needed {
                 self.stream.synchronize()?;
                 *held = self.device.allocate(0)?; // give back first: the two never need to exist together
@@ -410,7 +424,15 @@ impl Run<'_> {
                     let weight = at.master(node.weight);
                     k.conv2d.forward_image(stream, p, self.image(s.x), weight, out, epilogue)
                 } else {
-                    k.conv2d.forward(stream, p, self.tensor(s.x), at.weight(node.weight), out, epilogue, workspace)
+                    k.conv2d.forward(
+                        stream,
+                        p,
+                        self.tensor(s.x),
+                        at.weight(node.weight),
+                        out,
+                        epilogue,
+                        workspace,
+                    )
                 }
             }
         };
@@ -432,13 +454,22 @@ impl Run<'_> {
         };
         let y = self.tensor(y);
         if let Some(partials) = s.partials {
-            let layout = self.plan.target().stats_layout(p, &s.x, &s.y.expect("checked above"), s.reads_image);
+            let layout =
+                self.plan.target().stats_layout(p, &s.x, &s.y.expect("checked above"), s.reads_image);
             let (rows_per_partial, pixels) = (layout.pixels_per_partial, y.pixels() as usize);
             let partials = self.span(Some(partials));
             convolve(y, Epilogue::Stats { partials })?;
             let scratch = partials + 4 * stats_words(&layout, p) as u64;
             let finish = FinishStats {
-                partials, rows_per_partial, pixels, channels, stats, running, momentum, eps, scratch,
+                partials,
+                rows_per_partial,
+                pixels,
+                channels,
+                stats,
+                running,
+                momentum,
+                eps,
+                scratch,
             };
             // SAFETY: see `Run`.
             unsafe { bn.finish_stats(stream, &finish) }?;

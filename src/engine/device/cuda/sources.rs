@@ -58,6 +58,7 @@ pub const SOURCES: &[Source] = sources![
     "detection_loss",
     "image_input",
     "max_pool2d",
+    "muon",
     "optim",
     "task_aligned",
     "upsample_nearest",

@@ -10,9 +10,10 @@ use crate::detect::losses::detection::{DetectionLoss, LossConfig, LossItems};
 use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, DeviceHeadLevel, LossCapacity};
 use crate::detect::targets::Target;
 use crate::engine::device::cuda::executor::{DeviceParams, Executor};
-use crate::engine::device::cuda::{Buffer, CapturedGraph, Device, DeviceError, LaunchTime, PinnedBuffer, Precision};
-use crate::engine::optim::cuda::{DeviceOptimizer, LossScale, StepTargets};
-use crate::engine::optim::{Ema, Optimizer};
+use crate::engine::device::cuda::{
+    Buffer, CapturedGraph, Device, DeviceError, LaunchTime, PinnedBuffer, Precision,
+};
+use crate::engine::optim::{DeviceOptimizer, Ema, LossScale, Optimizer, StepTargets};
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan, Target as PlanTarget};
 use crate::train::error::TrainError;
@@ -95,7 +96,8 @@ impl CudaBackend {
     /// Bytes of device memory that this backend holds.
     pub fn bytes(&self, params: &ParamSet) -> usize {
         let precision = self.executor.precision();
-        let loss = self.loss.as_ref().map_or(0, |l| DeviceDetectionLoss::bytes(&self.loss_config, &l.capacity()));
+        let loss =
+            self.loss.as_ref().map_or(0, |l| DeviceDetectionLoss::bytes(&self.loss_config, &l.capacity()));
         let optimizer = self.optimizer.as_ref().map_or(0, DeviceOptimizer::allocated_bytes);
         self.executor.bytes()
             + DeviceParams::bytes(params.values.len(), params.buffers.len(), precision)
@@ -207,7 +209,9 @@ impl CudaBackend {
                     self.captured.insert(key, graph);
                 }
                 Err(error) => {
-                    tracing::warn!("the step cannot be captured, its kernels are launched one by one: {error}");
+                    tracing::warn!(
+                        "the step cannot be captured, its kernels are launched one by one: {error}"
+                    );
                     self.can_capture = false;
                 }
             }
@@ -280,7 +284,9 @@ impl CudaBackend {
             self.pinned = self.executor.device().allocate_pinned(images.len()).map_err(&failed)?;
         }
         let to = &mut self.pinned.as_mut_slice::<u8>()[..images.len()];
-        to.par_chunks_mut(COPY_BYTES).zip(images.par_chunks(COPY_BYTES)).for_each(|(to, from)| to.copy_from_slice(from));
+        to.par_chunks_mut(COPY_BYTES)
+            .zip(images.par_chunks(COPY_BYTES))
+            .for_each(|(to, from)| to.copy_from_slice(from));
         let (stream, input) = (self.executor.stream(), self.executor.input());
         // SAFETY: every pass ends with a synchronisation, so the pinned memory is written next after this copy ran.
         unsafe { stream.upload_pinned(input, 0, &self.pinned, images.len()) }.map_err(failed)
@@ -302,7 +308,7 @@ impl CudaBackend {
             buffers: self.params.buffers.pointer(),
             copy: 0,
             precision: self.executor.precision(),
-            loss_scale: self.loss_scale.as_ref().map_or(0, Buffer::pointer),
+            scale: self.loss_scale.as_ref().map_or(0, Buffer::pointer),
         };
         // SAFETY: the result of every step is read, so all earlier uploads have run; the addresses are those of
         // parameters of the optimiser's network, on its stream.
@@ -313,7 +319,8 @@ impl CudaBackend {
         }
         let result = on_device.read(stream).map_err(&failed)?;
         DeviceOptimizer::commit(&result, optimizer, ema);
-        let overflowed = result.is_finite == 0 && self.loss_scale()?.is_some_and(|s| s.scale > LOSS_SCALE_MIN);
+        let overflowed =
+            result.is_finite == 0 && self.loss_scale()?.is_some_and(|s| s.scale > LOSS_SCALE_MIN);
         Ok((!overflowed).then_some(result.norm))
     }
 
