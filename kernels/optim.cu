@@ -33,6 +33,7 @@ struct StepTable {
   u32 growth_interval;  // steps after which the loss scale doubles; 0 leaves it alone
   u32 reserved;
   RuleRow rules[GROUPS_MAX];
+  float muon[GROUPS_MAX + 1][2];  // read by `muon.cu`
 };
 
 // What a step leaves. 32 bytes.

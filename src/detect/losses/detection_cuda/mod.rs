@@ -12,7 +12,9 @@ mod tests;
 
 use std::sync::Arc;
 
-use self::args::{DetectionArgs, Memory, PositiveRow, PreparedTarget, TargetLayout, TargetRow, WorkspaceLayout};
+use self::args::{
+    DetectionArgs, Memory, PositiveRow, PreparedTarget, TargetLayout, TargetRow, WorkspaceLayout,
+};
 use super::detection::LossConfig;
 use super::dfl;
 use crate::detect::assigners::task_aligned::AssignTarget;
@@ -192,7 +194,10 @@ impl DeviceDetectionLoss {
     ) -> Result<bool, DeviceError> {
         assert!(n <= self.capacity.max_batch, "{n} images, room for {}", self.capacity.max_batch);
         assert!(targets.is_sorted_by_key(|target| target.image), "targets are not grouped by image");
-        assert!(targets.last().is_none_or(|t| (t.image as usize) < n), "a target of an image beyond the batch");
+        assert!(
+            targets.last().is_none_or(|t| (t.image as usize) < n),
+            "a target of an image beyond the batch"
+        );
         let nc = self.config.nc;
         assert!(targets.iter().all(|t| (t.class as usize) < nc), "a target's class is not below {nc}");
         let moved = self.reserve_boxes(stream, targets.len())?;
@@ -203,7 +208,8 @@ impl DeviceDetectionLoss {
         for (image, offset) in offsets.iter_mut().enumerate() {
             *offset = targets.partition_point(|target| (target.image as usize) < image) as u32;
         }
-        let rows: &mut [TargetRow] = bytemuck::cast_slice_mut(&mut rows[..size_of::<TargetRow>() * targets.len()]);
+        let rows: &mut [TargetRow] =
+            bytemuck::cast_slice_mut(&mut rows[..size_of::<TargetRow>() * targets.len()]);
         for (row, target) in rows.iter_mut().zip(targets) {
             let Target { image, class, cxcywh } = *target;
             *row = TargetRow { cxcywh, class, image, reserved: [0; 2] };
@@ -243,7 +249,8 @@ impl DeviceDetectionLoss {
             targets: (self.targets.pointer(), self.target_layout),
         };
         let args = args::arguments(&self.config, self.precision, levels, n, &memory, scale);
-        let decode = Launch { grid: [args.anchor_pitch.div_ceil(64), n as u32, 1], threads: 256, shared_bytes: 0 };
+        let decode =
+            Launch { grid: [args.anchor_pitch.div_ceil(64), n as u32, 1], threads: 256, shared_bytes: 0 };
         let boxes = self.capacity.max_boxes.min(self.device.chip().multiprocessors as usize * 16);
         let steps: [(&Kernel, Launch); 4] = [
             (&self.decode, decode),
@@ -305,8 +312,13 @@ impl DeviceDetectionLoss {
         let mut prepared = vec![<PreparedTarget as bytemuck::Zeroable>::zeroed(); boxes];
         let layout = self.target_layout;
         stream.download(&self.targets, layout.rows + first * size_of::<TargetRow>(), &mut rows)?;
-        stream.download(&self.targets, layout.prepared + first * size_of::<PreparedTarget>(), &mut prepared)?;
-        let targets = rows.iter().zip(&prepared).map(|(row, p)| AssignTarget { xyxy: p.xyxy, class: row.class });
+        stream.download(
+            &self.targets,
+            layout.prepared + first * size_of::<PreparedTarget>(),
+            &mut prepared,
+        )?;
+        let targets =
+            rows.iter().zip(&prepared).map(|(row, p)| AssignTarget { xyxy: p.xyxy, class: row.class });
         let targets = targets.collect();
         let mut count = [0u32];
         stream.download(&self.workspace, self.layout.counts + image * 4, &mut count)?;
@@ -344,6 +356,10 @@ impl DeviceDetectionLoss {
     }
 }
 
-fn stages(device: &Arc<Device>, layout: &TargetLayout, boxes: usize) -> Result<Vec<PinnedBuffer>, DeviceError> {
+fn stages(
+    device: &Arc<Device>,
+    layout: &TargetLayout,
+    boxes: usize,
+) -> Result<Vec<PinnedBuffer>, DeviceError> {
     (0..STAGES).map(|_| device.allocate_pinned(layout.sent(boxes))).collect()
 }

@@ -77,8 +77,12 @@ impl Case {
 
     fn cpu(&self, scale: f32) -> (LossItems, Gradients, DetectionLoss) {
         let mut loss = DetectionLoss::new(self.config(), self.n, self.anchors(), 0);
-        let mut gradients: Gradients =
-            self.boxes.iter().zip(&self.scores).map(|(b, s)| (vec![0.0; b.len()], vec![0.0; s.len()])).collect();
+        let mut gradients: Gradients = self
+            .boxes
+            .iter()
+            .zip(&self.scores)
+            .map(|(b, s)| (vec![0.0; b.len()], vec![0.0; s.len()]))
+            .collect();
         let levels: Vec<HeadLevel> = (0..self.grids.len())
             .map(|l| {
                 let (stride, h, w) = self.grids[l];
@@ -132,7 +136,13 @@ impl OnDevice {
             let (box_gradient, a) = output(4 * case.reg_max);
             let (score_gradient, b) = output(case.nc);
             gradients.push([a, b]);
-            levels.push(DeviceHeadLevel { stride: stride as u32, boxes, scores, box_gradient, score_gradient });
+            levels.push(DeviceHeadLevel {
+                stride: stride as u32,
+                boxes,
+                scores,
+                box_gradient,
+                score_gradient,
+            });
         }
         let capacity = LossCapacity { max_batch: case.n + 1, max_anchors: case.anchors() + 3, max_boxes: 5 };
         let loss = DeviceDetectionLoss::new(stream, precision, case.config(), capacity).expect("it loads");
@@ -211,7 +221,13 @@ fn check_gradients(what: &str, found: &Gradients, expected: &Gradients, precisio
     }
 }
 
-fn check_assignment(what: &str, case: &Case, stream: &Stream, loss: &DeviceDetectionLoss, cpu: &DetectionLoss) {
+fn check_assignment(
+    what: &str,
+    case: &Case,
+    stream: &Stream,
+    loss: &DeviceDetectionLoss,
+    cpu: &DetectionLoss,
+) {
     for image in 0..case.n {
         let (targets, positives) = loss.assignment(stream, case.anchors(), image).expect("a copy");
         let (wanted_targets, wanted) = cpu.assignment(image);
@@ -308,7 +324,10 @@ fn a_captured_step_replays_with_other_boxes() {
             unsafe { stream.run(&graph) }.expect("a launch");
             let results = on_device.loss.read(&stream).expect("a copy");
             // The logits are those of the first case; only their seed and shape decide them, so all agree.
-            assert!((results.total - items.total).abs() <= 2e-6 * items.total, "{results:?} against {items:?}");
+            assert!(
+                (results.total - items.total).abs() <= 2e-6 * items.total,
+                "{results:?} against {items:?}"
+            );
         }
     }
 }

@@ -25,11 +25,7 @@ pub const HEADERS: &[(&str, &str)] = &[
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources![
-    "cast",
-    "detection_loss",
-    "task_aligned",
-];
+pub const SOURCES: &[Source] = sources!["cast", "detection_loss", "muon", "optim", "task_aligned",];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
