@@ -244,6 +244,14 @@ impl DeviceOptimizer {
         own + self.muon.as_ref().map_or(0, DeviceMuon::allocated_bytes)
     }
 
+    /// Exchanges live parameters and running statistics with their average: buffers change hands, nothing is copied.
+    /// Work captured with their addresses is void until they are exchanged back.
+    pub fn swap_average(&mut self, values: &mut Buffer, buffers: &mut Buffer) {
+        assert_eq!((values.bytes(), buffers.bytes()), (self.average.bytes(), self.buffer_average.bytes()));
+        std::mem::swap(values, &mut self.average);
+        std::mem::swap(buffers, &mut self.buffer_average);
+    }
+
     /// Address of the averaged parameters, `f32`.
     pub fn average(&self) -> u64 {
         self.average.pointer()

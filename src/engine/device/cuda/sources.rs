@@ -38,7 +38,31 @@ pub const HEADERS: &[(&str, &str)] = headers![
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources!["cast", "detection_loss", "muon", "optim", "task_aligned",];
+pub const SOURCES: &[Source] = sources![
+    "batch_norm_act",
+    "batch_norm_act_finish",
+    "border",
+    "cast",
+    "ceiling",
+    "conv2d",
+    "conv2d_mma_gather_backward_bf16",
+    "conv2d_mma_gather_backward_f16",
+    "conv2d_mma_gather_forward_bf16",
+    "conv2d_mma_gather_forward_f16",
+    "conv2d_mma_patch_backward_bf16",
+    "conv2d_mma_patch_backward_f16",
+    "conv2d_mma_patch_forward_bf16",
+    "conv2d_mma_patch_forward_f16",
+    "conv2d_mma_weight_bf16",
+    "conv2d_mma_weight_f16",
+    "detection_loss",
+    "image_input",
+    "max_pool2d",
+    "muon",
+    "optim",
+    "task_aligned",
+    "upsample_nearest",
+];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
