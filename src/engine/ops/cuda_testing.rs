@@ -121,7 +121,9 @@ impl Map {
     pub fn read(&self, bench: &Bench) -> Vec<f64> {
         let bytes = self.bytes(bench);
         let mut values = Vec::with_capacity(self.view.len());
-        self.each(0, |index, _| values.push(decode(self.precision, &bytes[index * self.precision.bytes()..])));
+        self.each(0, |index, _| {
+            values.push(decode(self.precision, &bytes[index * self.precision.bytes()..]))
+        });
         values
     }
 

@@ -1,5 +1,7 @@
 use super::*;
-use crate::engine::ops::cuda_testing::{Bench, Floats, Layout, Map, assert_close, normals, on_all, tolerance};
+use crate::engine::ops::cuda_testing::{
+    Bench, Floats, Layout, Map, assert_close, normals, on_all, tolerance,
+};
 
 const EPS: f64 = 1e-3;
 
@@ -133,10 +135,8 @@ fn forward(bench: &Bench, kernels: &BatchNormActKernels, case: &Case, y: &Map, w
     let residual = Map::of(bench, within, &case.residual);
     let z = Map::poisoned(bench, within);
     // SAFETY: all live in this test and have the shapes said.
-    unsafe {
-        kernels.forward(&bench.stream, y.tensor(), &case.norm(), Some(residual.tensor()), z.tensor())
-    }
-    .expect("a launch");
+    unsafe { kernels.forward(&bench.stream, y.tensor(), &case.norm(), Some(residual.tensor()), z.tensor()) }
+        .expect("a launch");
     let got = z.read_written(bench, true);
     assert_close("z", &got, &case.z(), tolerance(bench.precision), 1.0);
 }
@@ -240,7 +240,13 @@ fn partial_statistics_are_combined_exactly() {
                 let want = [m, 1.0 / (v + EPS).sqrt(), v];
                 let twice = |start: f64, batch: f64| start * 0.5625 + batch * 0.4375;
                 assert_close("stats", &[got[k], got[c + k], got[2 * c + k]], &want, 2e-5, 1e-3);
-                assert_close("running", &[mean[k], var[k]], &[twice(1.0, m), twice(2.0, unbiased)], 2e-5, 0.1);
+                assert_close(
+                    "running",
+                    &[mean[k], var[k]],
+                    &[twice(1.0, m), twice(2.0, unbiased)],
+                    2e-5,
+                    0.1,
+                );
             }
         }
     });
@@ -262,8 +268,7 @@ fn bias_gradients_are_sums_over_pixels() {
                 kernels.bias_gradient(&bench.stream, map.tensor(), dbias.pointer(), workspace.pointer())
             }
             .expect("launches");
-            let want: Vec<f64> =
-                (0..c).map(|k| 3.0 + dz.iter().skip(k).step_by(c).sum::<f64>()).collect();
+            let want: Vec<f64> = (0..c).map(|k| 3.0 + dz.iter().skip(k).step_by(c).sum::<f64>()).collect();
             assert_close("dbias", &dbias.read(bench), &want, 1e-5, 10.0);
         }
     });
@@ -275,7 +280,8 @@ fn running_statistics_and_folding_on_the_device() {
         let kernels = BatchNormActKernels::load(&bench.device, bench.precision).expect("kernels");
         let c = 300;
         let [mean, weight, bias] = [1, 2, 3].map(|seed| normals(bench.precision, seed, c, 1.0));
-        let var: Vec<f64> = normals(bench.precision, 4, c, 0.0).iter().map(|v| f64::from((v * v) as f32)).collect();
+        let var: Vec<f64> =
+            normals(bench.precision, 4, c, 0.0).iter().map(|v| f64::from((v * v) as f32)).collect();
         let [m, v, w, b] = [&mean, &var, &weight, &bias].map(|x| Floats::of(bench, x));
         let running = Running { mean: m.pointer(), variance: v.pointer() };
         let (stats, folded) = (Floats::poisoned(bench, 2 * c), Floats::poisoned(bench, 2 * c));
