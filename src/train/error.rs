@@ -1,5 +1,6 @@
 //! Why a training session failed, by class.
 
+use crate::engine::device::cuda::DeviceError;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,15 @@ pub enum FailureClass {
     Device,
     /// A file could not be written or read.
     Storage,
+    /// A GPU failed or cannot be used.
+    #[error("the GPU failed while it was asked to {action}")]
+    Device {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: DeviceError,
+    },
     /// A fault of the program.
     Internal,
 }
@@ -184,6 +194,12 @@ impl TrainError {
             TrainError::Data { .. } => FailureClass::Data,
             TrainError::Memory { .. } => FailureClass::Memory,
             TrainError::Engine { source: EngineError::OutOfMemory { .. }, .. } => FailureClass::Memory,
+            TrainError::Device { source, .. } => match source {
+                DeviceError::OutOfMemory { .. } => FailureClass::Memory,
+                // Another attempt on the same machine finds no other one.
+                DeviceError::Unavailable { .. } => FailureClass::Config,
+                _ => FailureClass::Device,
+            },
             TrainError::Diverged { .. } => FailureClass::Diverged,
             TrainError::Storage { .. } => FailureClass::Storage,
             TrainError::Engine { .. } | TrainError::Internal { .. } => FailureClass::Internal,

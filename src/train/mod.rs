@@ -4,6 +4,7 @@ pub mod args;
 pub mod bench;
 pub mod checkpoint;
 pub mod child;
+pub mod device;
 pub mod early_stop;
 pub mod error;
 pub mod event;
