@@ -128,7 +128,10 @@ fn single_precision_follows_the_cpu() {
         // Rounding grows with every step that is taken on it.
         let rtol = 1e-5 * 4f64.powi(batch as i32);
         for (x, y) in a.iter().zip(b) {
-            assert!((x - y).abs() <= rtol * x.abs().max(1e-3), "batch {batch}: {x} on the CPU, {y} on the device");
+            assert!(
+                (x - y).abs() <= rtol * x.abs().max(1e-3),
+                "batch {batch}: {x} on the CPU, {y} on the device"
+            );
         }
     }
 }
