@@ -33,7 +33,7 @@ use crate::engine::optim::{Ema, Optimizer};
 
 pub use auto_batch::available_bytes;
 pub use initial::{Branch, freeze, head_branch, initialise};
-pub use network::{Network, RawOutput, Spare};
+pub use network::{Compute, Network, RawOutput, Spare, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
 pub use validate_file::{ValidateFileArgs, validate_file};
@@ -55,6 +55,8 @@ pub struct SessionSpec {
     pub checkpoint_interval_s: u64,
     /// Checkpoints kept, at least two.
     pub checkpoints_kept: usize,
+    /// Share of a GPU's memory that the session may take, above 0 up to 1.
+    pub gpu_share_max: f64,
 }
 
 impl SessionSpec {
@@ -68,6 +70,7 @@ impl SessionSpec {
             threads: 0,
             checkpoint_interval_s: 60,
             checkpoints_kept: 2,
+            gpu_share_max: 1.0,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::data::{Split, SplitName};
 use crate::engine::optim::Ema;
 use crate::train::args::Source;
 use crate::train::checkpoint::{self, Checkpoint, Store};
+use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::SessionEvent;
 use crate::train::schedule::Schedule;
@@ -27,6 +28,7 @@ pub(super) fn prepare<'r, 'o>(
     reporter: &'r mut Reporter<'o>,
 ) -> Result<Run<'r, 'o>, TrainError> {
     let mut args = spec.args.clone();
+    let compute = device::open(args.device, args.amp, spec.threads)?;
     let store = Store::new(reporter.folder.state(), spec.checkpoints_kept);
     let found = find_checkpoint(spec, &store, reporter)?;
     let dataset = open_dataset(&args, reporter)?;
@@ -47,7 +49,7 @@ pub(super) fn prepare<'r, 'o>(
         reporter.warn(format!("imgsz {} is rounded up to {imgsz}, a multiple of {STRIDE_MAX}", args.imgsz));
     }
     let detector = build(&architecture, nc, imgsz, imgsz)?;
-    let mut network = Network::new(&architecture, nc, loss_config(&args, &train, nc), spec.threads)?;
+    let mut network = Network::new(&architecture, nc, loss_config(&args, &train, nc), &compute)?;
     initial::freeze(&mut network.params, &args.freeze, detector.head_row)?;
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
@@ -116,6 +118,7 @@ pub(super) fn prepare<'r, 'o>(
             run.picture_of_labels();
         }
     }
+    run.network.push(&run.optimizer, &run.ema)?;
     run.report_plan(resumed);
     Ok(run)
 }

@@ -7,12 +7,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::mma_config::{
-    COUNTERS, GATHER_TILES, Method, MmaConfig, PATCH_COLUMNS, Pass, Product, WEIGHT_PATCH_TILES, WEIGHT_TAP_TILES,
-    WeightProduct,
+    COUNTERS, GATHER_TILES, Method, MmaConfig, PATCH_COLUMNS, Pass, Product, WEIGHT_PATCH_TILES,
+    WEIGHT_TAP_TILES, WeightProduct,
 };
 use super::{Epilogue, Shape};
 use crate::engine::activation::Activation;
-use crate::engine::device::cuda::{Buffer, Device, DeviceError, FastDivisor, Kernel, Launch, Precision, Stream, Tensor};
+use crate::engine::device::cuda::{
+    Buffer, Device, DeviceError, FastDivisor, Kernel, Launch, Precision, Stream, Tensor,
+};
 use crate::engine::ops::conv2d::Conv2dParams;
 
 /// Twin of `struct ConvOutput`.
@@ -312,10 +314,8 @@ impl MmaKernels {
         accumulate: bool,
         workspace: u64,
     ) -> Result<(), DeviceError> {
-        let output = OutputArgs {
-            accumulate: u32::from(accumulate),
-            ..self.output(&dx, p.c_in, config, workspace)
-        };
+        let output =
+            OutputArgs { accumulate: u32::from(accumulate), ..self.output(&dx, p.c_in, config, workspace) };
         let product = Product::new(Pass::BackwardData, p, &Shape::of_tensors(&dx, &dy, self.precision));
         // SAFETY: the caller's promise.
         unsafe { self.correlate(stream, config, p, &product, dy, weight, dx, output) }
@@ -492,7 +492,8 @@ impl MmaKernels {
         }
         let len = product.len() as u32;
         let lanes = config.splits.next_power_of_two().min(32);
-        let args = ReduceArgs { partials: workspace, out: dw, len, splits: config.splits, lanes, reserved: 0 };
+        let args =
+            ReduceArgs { partials: workspace, out: dw, len, splits: config.splits, lanes, reserved: 0 };
         let launch = Launch::row((len / 4).div_ceil(256 / lanes), 256);
         // SAFETY: the workspace was filled by the launch above, in stream order; `dw` has `len` floats.
         unsafe { stream.launch(&self.reduce, launch, &args) }

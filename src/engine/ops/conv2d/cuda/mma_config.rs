@@ -60,7 +60,8 @@ pub(super) const GATHER_TILES: [(u32, u32); 9] =
 /// Columns of the tiles of patches; each exists with 128 and 256 rows.
 pub(super) const PATCH_COLUMNS: [u32; 7] = [16, 32, 48, 64, 80, 96, 128];
 /// Channels (in, out) of the weight gradient's tiles with all taps.
-pub(super) const WEIGHT_PATCH_TILES: [(u32, u32); 6] = [(16, 16), (16, 32), (16, 48), (16, 80), (32, 32), (32, 64)];
+pub(super) const WEIGHT_PATCH_TILES: [(u32, u32); 6] =
+    [(16, 16), (16, 32), (16, 48), (16, 80), (32, 32), (32, 64)];
 /// The same with one tap.
 pub(super) const WEIGHT_TAP_TILES: [(u32, u32); 4] = [(32, 32), (64, 64), (96, 96), (128, 128)];
 /// Pixels of a tile of the weight gradient with all taps.
@@ -119,7 +120,8 @@ impl Product {
 
     /// Most taps of a class.
     fn taps(&self) -> u32 {
-        let side = if self.pass == Pass::BackwardData { self.kernel.div_ceil(self.stride) } else { self.kernel };
+        let side =
+            if self.pass == Pass::BackwardData { self.kernel.div_ceil(self.stride) } else { self.kernel };
         side * side
     }
 
@@ -144,7 +146,9 @@ impl Product {
     /// Height and width of the patch under a tile.
     pub fn patch(&self, config: &MmaConfig) -> (u32, u32) {
         match config.method {
-            Method::Patch { tile_h, tile_w } => ((tile_h - 1) * self.stride + 3, (tile_w - 1) * self.stride + 3),
+            Method::Patch { tile_h, tile_w } => {
+                ((tile_h - 1) * self.stride + 3, (tile_w - 1) * self.stride + 3)
+            }
             _ => {
                 // Rows that a run may touch, and the borders between the images it may cross.
                 let rows = ((config.rows + self.w - 2) / self.w + 1).min(self.n * self.h);
@@ -208,7 +212,9 @@ impl Product {
         let products = rows * columns * inner / PRODUCTS_PER_CYCLE;
         let l2 = (input_bytes + inner * columns * 2.0 + rows * columns * 2.0 * splits) / L2_BYTES_PER_CYCLE;
         let shared = fragments * inner / SHARED_BYTES_PER_CYCLE;
-        let mut block = products.max(l2 - rows * columns * 2.0 * (splits - 1.0) / L2_BYTES_PER_CYCLE).max(shared) / splits;
+        let mut block =
+            products.max(l2 - rows * columns * 2.0 * (splits - 1.0) / L2_BYTES_PER_CYCLE).max(shared)
+                / splits;
         if config.splits > 1 {
             // Writes its part; one block in `splits` reads them all.
             block += rows * columns * 4.0 * 2.0 / L2_BYTES_PER_CYCLE;
@@ -231,7 +237,9 @@ impl Product {
                 let config = MmaConfig { method, rows, columns, splits };
                 let tiles = self.row_tiles(&config) * self.columns.div_ceil(columns) * self.classes();
                 let words = u64::from(tiles) * u64::from(splits * rows * columns);
-                if splits > 1 && (tiles > COUNTERS || tiles > 2 * chip.multiprocessors || words > WORKSPACE_MAX) {
+                if splits > 1
+                    && (tiles > COUNTERS || tiles > 2 * chip.multiprocessors || words > WORKSPACE_MAX)
+                {
                     continue;
                 }
                 if let Some(cost) = self.cost(&config, chip)
@@ -265,7 +273,8 @@ impl Product {
     fn tile(&self, rows: u32) -> Option<(u32, u32)> {
         let mut best: Option<((u32, u32), (u32, u32))> = None;
         for tile_w in (1..=self.w.min(rows)).filter(|w| self.w.is_multiple_of(*w)) {
-            let Some(tile_h) = (1..=self.h.min(rows / tile_w)).rev().find(|h| self.h.is_multiple_of(*h)) else {
+            let Some(tile_h) = (1..=self.h.min(rows / tile_w)).rev().find(|h| self.h.is_multiple_of(*h))
+            else {
                 continue;
             };
             let patch = ((tile_h - 1) * self.stride + 3) * ((tile_w - 1) * self.stride + 3);
@@ -356,7 +365,8 @@ impl WeightProduct {
             Method::Gather => [72, 96, 132, 224][(config.rows / 32 - 1) as usize],
             _ => 152,
         };
-        let resident = resident(chip, WeightProduct::threads(config), registers, self.shared_bytes(config) + 2048)?;
+        let resident =
+            resident(chip, WeightProduct::threads(config), registers, self.shared_bytes(config) + 2048)?;
         let (pixels, taps, input_pixels) = match config.method {
             Method::Patch { tile_h, tile_w } => {
                 let (h, w) = self.patch(tile_h, tile_w);
@@ -370,7 +380,16 @@ impl WeightProduct {
         // A warp reads its own fragments of both sides; those of x again for each tap.
         let shared = match config.method {
             Method::Gather => (rows + columns) * 2.0 * 2.0,
-            _ => (9.0 * rows * if config.columns == 64 || (config.rows, config.columns) == (16, 32) { 2.0 } else { 1.0 } + 3.0 * columns) * 2.0,
+            _ => {
+                (9.0 * rows
+                    * if config.columns == 64 || (config.rows, config.columns) == (16, 32) {
+                        2.0
+                    } else {
+                        1.0
+                    }
+                    + 3.0 * columns)
+                    * 2.0
+            }
         } * pixels
             / SHARED_BYTES_PER_CYCLE;
         let units = f64::from(self.units(config).div_ceil(config.splits));
