@@ -19,8 +19,13 @@ macro_rules! sources {
 /// Headers that the files include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../../kernels/common.cuh")),
+    ("conv2d_plain.cuh", include_str!("../../../../kernels/conv2d_plain.cuh")),
     ("lanes.cuh", include_str!("../../../../kernels/lanes.cuh")),
     ("ptx.cuh", include_str!("../../../../kernels/ptx.cuh")),
+    ("conv2d_mma.cuh", include_str!("../../../../kernels/conv2d_mma.cuh")),
+    ("conv2d_mma_gather.cuh", include_str!("../../../../kernels/conv2d_mma_gather.cuh")),
+    ("conv2d_mma_patch.cuh", include_str!("../../../../kernels/conv2d_mma_patch.cuh")),
+    ("conv2d_mma_weight.cuh", include_str!("../../../../kernels/conv2d_mma_weight.cuh")),
 ];
 
 /// Every kernel file.
@@ -29,9 +34,22 @@ pub const SOURCES: &[Source] = sources![
     "batch_norm_act",
     "batch_norm_act_finish",
     "border",
+    "conv2d",
+    "conv2d_image",
+    "conv2d_image_mma",
     "image_input",
     "max_pool2d",
     "upsample_nearest",
+    "conv2d_mma_gather_forward_bf16",
+    "conv2d_mma_gather_backward_bf16",
+    "conv2d_mma_patch_forward_bf16",
+    "conv2d_mma_patch_backward_bf16",
+    "conv2d_mma_gather_forward_f16",
+    "conv2d_mma_gather_backward_f16",
+    "conv2d_mma_patch_forward_f16",
+    "conv2d_mma_patch_backward_f16",
+    "conv2d_mma_weight_bf16",
+    "conv2d_mma_weight_f16",
 ];
 
 /// The file of that stem.
