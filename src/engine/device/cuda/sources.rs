@@ -45,6 +45,8 @@ pub const SOURCES: &[Source] = sources![
     "cast",
     "ceiling",
     "conv2d",
+    "conv2d_image",
+    "conv2d_image_mma",
     "conv2d_mma_gather_backward_bf16",
     "conv2d_mma_gather_backward_f16",
     "conv2d_mma_gather_forward_bf16",
