@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every test. Needs cargo and a C compiler, nothing else. Arguments go to `cargo test`:
+# Runs every test. Needs cargo, a C compiler and g++, nothing else. Arguments go to `cargo test`:
 #   scripts/test.sh                 all tests
 #   scripts/test.sh golden          the tests against recorded reference numbers
 set -euo pipefail

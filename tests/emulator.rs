@@ -106,10 +106,11 @@ fn fails_with(device: &Device, name: &str, words: &[&str], run: impl Fn() -> Out
 fn what_must_not_be_is_named() {
     let device = Device::next();
     let reduction = |name: &'static str, words: &[&str]| {
-        fails_with(&device, name, words, || reduce(&device, name, 1000).0);
+        fails_with(&device, name, words, || reduce(&device, name, 200).0);
     };
-    reduction("reduce_divergent_barrier", &["deadlock", "waits at reduce.cu:", "32 of 256 threads have ended"]);
-    reduction("reduce_early_return", &["deadlock", "waits at reduce.cu:", "24 of 256 threads have ended"]);
+    // The warp that leaves out the barrier comes to the next one.
+    reduction("reduce_divergent_barrier", &["different barriers", "reduce.cu:"]);
+    reduction("reduce_early_return", &["deadlock", "waits at reduce.cu:", "56 of 256 threads have ended"]);
     reduction("reduce_wrong_lane", &["reduce.cu:", "reads lane", "not in mask 0000ffff"]);
     reduction("reduce_own_lane", &["reduce.cu:", "the lane is not in its own mask"]);
     reduction("reduce_different_places", &["different collectives", "reduce.cu:"]);
@@ -130,7 +131,9 @@ fn writes_outside_of_an_allocation_are_noticed() {
     map("twice_one_more", 100, 0, &["twice_one_more", "byte 400 of an allocation of 400 bytes was written"]);
     map("twice_tail", 100, 0, &["of an allocation of 400 bytes was written"]);
     map("twice_before", 100, 0, &["byte -4 of an allocation of 400 bytes was written"]);
-    map("twice_null", 100, 0, &["touches address"]);
+    map("twice_null", 100, 0, &["touches address", "at memory.cu:"]);
+    map("twice_misaligned", 100, 0, &["not aligned to its type", "at memory.cu:"]);
+    map("twice_index", 100, 0, &["outside of its array", "at memory.cu:"]);
     map("past_shared", 100, 508, &["past the 508 bytes of dynamic shared memory"]);
     // 64 numbers fill their pages' end exactly: one more is another page.
     map("twice_one_more", 64, 0, &["touches address"]);
@@ -221,7 +224,7 @@ fn collectives_do_what_cuda_says() {
             assert_eq!(got[6], first + 2, "{t} {mode}");
             assert_eq!(got[7..9], [48, 1], "{t} {mode}");
             assert_eq!(got[9], if lane < 16 { t ^ 15 } else { 0xaaaa_0000 }, "{t} {mode}");
-            assert_eq!(got[10], ((0x8000_0000 + u64::from(t)) * 6 >> 32) as u32, "{t} {mode}");
+            assert_eq!(got[10], (((0x8000_0000 + u64::from(t)) * 6) >> 32) as u32, "{t} {mode}");
             assert_eq!(got[11], (f64::from(t) * 0.5).round_ties_even() as u32, "{t} {mode}");
         }
     }

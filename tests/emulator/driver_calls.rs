@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_int, c_void};
 
 use super::kernels::{MapArgs, numbers};
-use super::library::{Device, check};
+use super::library::{Device, Library, check, folder};
 
 type Handle = *mut c_void;
 const NONE: Handle = std::ptr::null_mut();
@@ -53,7 +53,8 @@ impl Device {
         check(end(stream, &mut graph)).map(|()| graph)
     }
     fn instantiate(&self, graph: Handle) -> Handle {
-        let make: extern "C" fn(*mut Handle, Handle, u64) -> c_int = self.function(c"cuGraphInstantiateWithFlags");
+        let make: extern "C" fn(*mut Handle, Handle, u64) -> c_int =
+            self.function(c"cuGraphInstantiateWithFlags");
         let mut executable = NONE;
         assert_eq!(make(&mut executable, graph, 0), 0);
         executable
@@ -79,7 +80,6 @@ impl Device {
 /// `twice` on 100 numbers.
 struct Twice {
     x: Vec<f32>,
-    x_at: u64,
     out: u64,
     kernel: Handle,
     args: MapArgs,
@@ -93,7 +93,7 @@ impl Twice {
         let x_at = device.put(&x);
         let out = device.put(&[f32::NAN; 100]);
         let kernel = device.kernel("memory", "twice");
-        Twice { x, x_at, out, kernel, args: MapArgs { x: x_at, out, n: 100 } }
+        Twice { x, out, kernel, args: MapArgs { x: x_at, out, n: 100 } }
     }
     fn is_done(&self, device: &Device) -> bool {
         let got = device.read::<f32>(self.out, 100).unwrap();
@@ -125,28 +125,45 @@ fn launches_are_checked() {
 fn arguments_have_a_size() {
     let device = Device::next();
     let t = Twice::new(&device);
-    let info: extern "C" fn(Handle, usize, *mut usize, *mut usize) -> c_int = device.function(c"cuFuncGetParamInfo");
+    let info: extern "C" fn(Handle, usize, *mut usize, *mut usize) -> c_int =
+        device.function(c"cuFuncGetParamInfo");
     let (mut offset, mut bytes) = (9, 9);
     assert_eq!(info(t.kernel, 0, &mut offset, &mut bytes), 0);
     assert_eq!((offset, bytes), (0, 24));
     assert_eq!(info(t.kernel, 1, &mut offset, &mut bytes), INVALID_VALUE);
 
-    type Launch =
-        extern "C" fn(Handle, u32, u32, u32, u32, u32, u32, u32, Handle, *mut Handle, *mut *const c_void) -> c_int;
+    type Launch = extern "C" fn(
+        Handle,
+        u32,
+        u32,
+        u32,
+        u32,
+        u32,
+        u32,
+        u32,
+        Handle,
+        *mut Handle,
+        *mut *const c_void,
+    ) -> c_int;
     let launch: Launch = device.function(c"cuLaunchKernel");
     for (given, answer) in [(16usize, INVALID_VALUE), (32, INVALID_VALUE), (24, 0)] {
         let mut extra: [*const c_void; 5] = [
-            1 as *const c_void,
+            std::ptr::without_provenance(1),
             std::ptr::from_ref(&t.args).cast(),
-            2 as *const c_void,
+            std::ptr::without_provenance(2),
             std::ptr::from_ref(&given).cast(),
             std::ptr::null(),
         ];
         let none = std::ptr::null_mut();
-        assert_eq!(launch(t.kernel, 1, 1, 1, 128, 1, 1, 0, NONE, none, extra.as_mut_ptr()), answer, "{given}");
+        assert_eq!(
+            launch(t.kernel, 1, 1, 1, 128, 1, 1, 0, NONE, none, extra.as_mut_ptr()),
+            answer,
+            "{given}"
+        );
     }
     assert!(t.is_done(&device));
-    let find: extern "C" fn(*mut Handle, Handle, *const i8) -> c_int = device.function(c"cuModuleGetFunction");
+    let find: extern "C" fn(*mut Handle, Handle, *const i8) -> c_int =
+        device.function(c"cuModuleGetFunction");
     let module: extern "C" fn(*mut Handle, Handle) -> c_int = device.function(c"cuFuncGetModule");
     let (mut owner, mut function) = (NONE, NONE);
     assert_eq!(module(&mut owner, t.kernel), 0);
@@ -220,7 +237,8 @@ fn a_graph_repeats_what_was_captured() {
         device.record(back, other).unwrap();
         device.wait(stream, back).unwrap();
         let graph = device.end_capture(stream).unwrap();
-        let count: extern "C" fn(Handle, *mut Handle, *mut usize) -> c_int = device.function(c"cuGraphGetNodes");
+        let count: extern "C" fn(Handle, *mut Handle, *mut usize) -> c_int =
+            device.function(c"cuGraphGetNodes");
         let mut nodes = 0;
         assert_eq!(count(graph, std::ptr::null_mut(), &mut nodes), 0);
         assert_eq!((nodes, args.n), (2, 0));
@@ -303,7 +321,8 @@ fn late_streams_read_pinned_memory_when_they_run() {
     device.set("streams=late");
     let (stream, at) = (device.stream(), device.put(&[0u32]));
     let pin: extern "C" fn(*mut *mut u32, usize, u32) -> c_int = device.function(c"cuMemHostAlloc");
-    let upload: extern "C" fn(u64, *const u32, usize, Handle) -> c_int = device.function(c"cuMemcpyHtoDAsync_v2");
+    let upload: extern "C" fn(u64, *const u32, usize, Handle) -> c_int =
+        device.function(c"cuMemcpyHtoDAsync_v2");
     let mut pinned = std::ptr::null_mut();
     assert_eq!(pin(&mut pinned, 4, 0), 0);
     let mut pageable = 1u32;
@@ -342,4 +361,37 @@ fn the_device_says_what_it_is() {
     assert_eq!(text(LAUNCH_FAILED, &mut name), 0);
     // SAFETY: the driver gives a constant text.
     assert_eq!(unsafe { CStr::from_ptr(name) }, c"CUDA_ERROR_LAUNCH_FAILED");
+}
+
+#[test]
+fn the_compiler_takes_a_program_or_says_why_not() {
+    let library = Library::open(&folder().join("libnvrtc.so.13"));
+    type Create =
+        extern "C" fn(*mut Handle, *const i8, *const i8, c_int, *const *const i8, *const *const i8) -> c_int;
+    let create: Create = library.function(c"nvrtcCreateProgram");
+    let compile: extern "C" fn(Handle, c_int, *const *const i8) -> c_int =
+        library.function(c"nvrtcCompileProgram");
+    let text = |program: Handle, size: &CStr, get: &CStr| {
+        let size: extern "C" fn(Handle, *mut usize) -> c_int = library.function(size);
+        let get: extern "C" fn(Handle, *mut u8) -> c_int = library.function(get);
+        let mut bytes = 0;
+        assert_eq!(size(program, &mut bytes), 0);
+        let mut text = vec![1; bytes];
+        assert_eq!(get(program, text.as_mut_ptr()), 0);
+        assert_eq!(text.pop(), Some(0));
+        String::from_utf8(text).expect("it is text")
+    };
+    let none = std::ptr::null();
+    for (source, answer) in [(c"KERNEL", 0), (c"one\n#error emulated", 6)] {
+        let mut program = NONE;
+        assert_eq!(create(&mut program, source.as_ptr(), c"memory.cu".as_ptr(), 0, none, none), 0);
+        assert_eq!(compile(program, 0, none), answer);
+        if answer == 0 {
+            let image = text(program, c"nvrtcGetCUBINSize", c"nvrtcGetCUBIN");
+            assert_eq!(image, "boxwright-emulated:memory");
+        } else {
+            let log = text(program, c"nvrtcGetProgramLogSize", c"nvrtcGetProgramLog");
+            assert!(log.starts_with("memory.cu(2): error"), "{log}");
+        }
+    }
 }

@@ -75,7 +75,11 @@ fn close(got: f32, want: f64, magnitude: f64) -> bool {
 }
 
 /// Whether `c` with one guard row of NaN is the product of `a [m][k]` and `b [n][k]`.
-fn is_product(c: &[f32], (m, n, k): (usize, usize, usize), term: impl Fn(usize, usize, usize) -> f64) -> bool {
+fn is_product(
+    c: &[f32],
+    (m, n, k): (usize, usize, usize),
+    term: impl Fn(usize, usize, usize) -> f64,
+) -> bool {
     let right = (0..m * n).all(|at| {
         let terms = (0..k).map(|l| term(at / n, at % n, l));
         let (sum, magnitude) = terms.fold((0.0, 1e-3), |(s, a), t| (s + t, a + t.abs()));
@@ -101,8 +105,9 @@ pub fn gemm(device: &Device, name: &str, (m, n, k): (usize, usize, usize)) -> Ou
     let shared = 2 * 3 * 64 * pitch * 2;
     let result = device.launch(device.kernel("gemm", name), (grid, 128, shared), &args);
     let result = result.and_then(|()| device.read::<f32>(c_at, (m + 1) * n));
-    let outcome = judge(device, result.map(|c| is_product(&c, (m, n, k), |i, j, l| a[i * k + l] * b[j * k + l])));
-    [a_at, b_at, c_at].map(|at| device.free(at).expect("it was allocated"));
+    let outcome =
+        judge(device, result.map(|c| is_product(&c, (m, n, k), |i, j, l| a[i * k + l] * b[j * k + l])));
+    device.free_all(&[a_at, b_at, c_at]);
     outcome
 }
 
@@ -117,7 +122,7 @@ pub fn tiled(device: &Device, name: &str, (m, n, k): (usize, usize, usize)) -> O
     let result = result.and_then(|()| device.read::<f32>(c_at, (m + 1) * n));
     let term = |i: usize, j: usize, l: usize| f64::from(a[i * k + l]) * f64::from(b[l * n + j]);
     let outcome = judge(device, result.map(|c| is_product(&c, (m, n, k), term)));
-    [a_at, b_at, c_at].map(|at| device.free(at).expect("it was allocated"));
+    device.free_all(&[a_at, b_at, c_at]);
     outcome
 }
 
@@ -143,7 +148,7 @@ pub fn reduce(device: &Device, name: &str, n: usize) -> (Outcome, u32) {
     };
     let result = run();
     let outcome = judge(device, result);
-    [x_at, counter, partials, out].map(|at| device.free(at).expect("it was allocated"));
+    device.free_all(&[x_at, counter, partials, out]);
     (outcome, bits)
 }
 
@@ -158,6 +163,6 @@ pub fn twice(device: &Device, name: &str, n: usize, shared: u32) -> Outcome {
     let result = result.and_then(|()| device.read::<f32>(out, n));
     let right = |got: Vec<f32>| got.iter().zip(&x).all(|(got, x)| *got == 2.0 * x);
     let outcome = judge(device, result.map(right));
-    [x_at, out].map(|at| device.free(at).expect("it was allocated"));
+    device.free_all(&[x_at, out]);
     outcome
 }

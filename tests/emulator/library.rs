@@ -1,7 +1,7 @@
 //! The stand-in driver as tests use it: built by `scripts/emulator.sh`, opened by path, called by name.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -21,6 +21,11 @@ pub fn build(options: &[&str]) -> PathBuf {
     PathBuf::from(text.lines().last().expect("the folder is printed"))
 }
 
+/// The folder of the libraries with the emulator's own test kernels.
+pub fn folder() -> PathBuf {
+    std::env::var_os(SANITIZED).map_or_else(|| build(&["--faults"]), PathBuf::from)
+}
+
 /// The driver with the emulator's own test kernels.
 pub struct Library(*mut c_void);
 
@@ -37,16 +42,7 @@ impl Library {
     pub fn get() -> &'static Library {
         static LIBRARY: OnceLock<Library> = OnceLock::new();
         LIBRARY.get_or_init(|| {
-            let folder = std::env::var_os(SANITIZED).map_or_else(|| build(&["--faults"]), PathBuf::from);
-            let path = CString::new(folder.join("libcuda.so.1").into_os_string().into_encoded_bytes());
-            let path = path.expect("a path has no zero byte");
-            // SAFETY: our own library; its initialisers only fill a table.
-            let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-            if handle.is_null() {
-                // SAFETY: dlerror gives a text after a failure.
-                panic!("{}", unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy());
-            }
-            let library = Library(handle);
+            let library = Library::open(&folder().join("libcuda.so.1"));
             let set: extern "C" fn(*const c_char) -> c_int = library.function(c"boxwright_emulator_set");
             let devices = CString::new(format!("devices={DEVICES}")).expect("no zero byte");
             assert_eq!(set(devices.as_ptr()), 0);
@@ -54,6 +50,18 @@ impl Library {
             assert_eq!(init(0), 0);
             library
         })
+    }
+
+    /// Opens one of our own libraries.
+    pub fn open(path: &Path) -> Library {
+        let path = CString::new(path.as_os_str().as_encoded_bytes()).expect("a path has no zero byte");
+        // SAFETY: our own library; its initialisers only fill a table.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        if handle.is_null() {
+            // SAFETY: dlerror gives a text after a failure.
+            panic!("{}", unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy());
+        }
+        Library(handle)
     }
 
     /// A function of the library; `F` must be its type.
@@ -92,7 +100,8 @@ impl Device {
         let number = USED.fetch_add(1, Ordering::Relaxed);
         assert!(number < DEVICES, "more devices are needed");
         let library = Library::get();
-        let retain: extern "C" fn(*mut Handle, c_int) -> c_int = library.function(c"cuDevicePrimaryCtxRetain");
+        let retain: extern "C" fn(*mut Handle, c_int) -> c_int =
+            library.function(c"cuDevicePrimaryCtxRetain");
         let current: extern "C" fn(Handle) -> c_int = library.function(c"cuCtxSetCurrent");
         let mut context = std::ptr::null_mut();
         assert_eq!(retain(&mut context, number), 0);
@@ -118,7 +127,8 @@ impl Device {
 
     /// Launches, blocks, switches, bank conflicts, matrix loads, allocations, bytes, most bytes, graph launches.
     pub fn stats(&self) -> [u64; 9] {
-        let get: extern "C" fn(c_int, *mut u64, c_int) -> c_int = self.library.function(c"boxwright_emulator_stats");
+        let get: extern "C" fn(c_int, *mut u64, c_int) -> c_int =
+            self.library.function(c"boxwright_emulator_stats");
         let mut values = [0; 9];
         assert_eq!(get(self.number, values.as_mut_ptr(), 9), 0);
         values
@@ -138,6 +148,13 @@ impl Device {
         check(free(address))
     }
 
+    /// Gives several back.
+    pub fn free_all(&self, addresses: &[u64]) {
+        for address in addresses {
+            self.free(*address).expect("it was allocated");
+        }
+    }
+
     /// A new allocation with these numbers.
     pub fn put<T: bytemuck::Pod>(&self, values: &[T]) -> u64 {
         let address = self.allocate(size_of_val(values)).expect("there is memory");
@@ -147,7 +164,8 @@ impl Device {
 
     /// Copies to the device.
     pub fn write<T: bytemuck::Pod>(&self, address: u64, values: &[T]) -> Result<(), c_int> {
-        let copy: extern "C" fn(u64, *const c_void, usize) -> c_int = self.library.function(c"cuMemcpyHtoD_v2");
+        let copy: extern "C" fn(u64, *const c_void, usize) -> c_int =
+            self.library.function(c"cuMemcpyHtoD_v2");
         check(copy(address, values.as_ptr().cast(), size_of_val(values)))
     }
 
@@ -161,7 +179,8 @@ impl Device {
 
     /// A kernel of one of the files in `faults/`.
     pub fn kernel(&self, stem: &str, name: &str) -> Handle {
-        let load: extern "C" fn(*mut Handle, *const c_char) -> c_int = self.library.function(c"cuModuleLoadData");
+        let load: extern "C" fn(*mut Handle, *const c_char) -> c_int =
+            self.library.function(c"cuModuleLoadData");
         let find: extern "C" fn(*mut Handle, Handle, *const c_char) -> c_int =
             self.library.function(c"cuModuleGetFunction");
         let image = CString::new(format!("boxwright-emulated:{stem}")).expect("no zero byte");
@@ -197,11 +216,28 @@ impl Device {
         let (grid, threads, shared) = shape;
         let mut pointers: [*const c_void; 1] = [std::ptr::from_ref(args).cast()];
         let none = std::ptr::null_mut();
-        check(launch(function, grid[0], grid[1], 1, threads, 1, 1, shared, stream, pointers.as_mut_ptr(), none))
+        check(launch(
+            function,
+            grid[0],
+            grid[1],
+            1,
+            threads,
+            1,
+            1,
+            shared,
+            stream,
+            pointers.as_mut_ptr(),
+            none,
+        ))
     }
 
     /// Launches a kernel on the default stream.
-    pub fn launch<A: Copy>(&self, function: Handle, shape: ([u32; 2], u32, u32), args: &A) -> Result<(), c_int> {
+    pub fn launch<A: Copy>(
+        &self,
+        function: Handle,
+        shape: ([u32; 2], u32, u32),
+        args: &A,
+    ) -> Result<(), c_int> {
         self.launch_on(std::ptr::null_mut(), function, shape, args)
     }
 

@@ -33,6 +33,20 @@ KERNEL(twice_before, MapArgs, 128) {
 }
 // Follows a null pointer.
 KERNEL(twice_null, MapArgs, 128) { reinterpret_cast<float*>(0ull * args.n)[threadIdx.x] = 2.0f; }
+// Reads four numbers at an address that is aligned for one.
+KERNEL(twice_misaligned, MapArgs, 128) {
+  const u64 i = ((u64)blockIdx.x * 128 + threadIdx.x) * 4 + 1;
+  if (i + 3 >= args.n) return;
+  const float4 v = *reinterpret_cast<const float4*>(args.x + i * 4);
+  reinterpret_cast<float*>(args.out)[i] = 2.0f * v.x + v.w;
+}
+// Writes past a fixed array of shared memory.
+KERNEL(twice_index, MapArgs, 128) {
+  __shared__ float numbers[100];
+  numbers[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x < args.n) reinterpret_cast<float*>(args.out)[threadIdx.x] = numbers[threadIdx.x ^ 1];
+}
 // Reads shared memory that nobody wrote.
 KERNEL(unwritten_shared, MapArgs, 128) {
   DYN_SMEM(shared);
