@@ -34,10 +34,13 @@ if ! command -v "$compiler" >/dev/null; then
     exit 3
 fi
 flags=(-std=c++17 -O2 -fPIC -pthread -fno-strict-aliasing -ffp-contract=off -fvisibility=hidden)
+# Cheap enough for every build: an address that is not aligned to its type, an index outside of a fixed array.
+kernel_checks=(-fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error)
 if [ -n "$sanitize" ]; then
+    kernel_checks=()
     flags+=(-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined)
 fi
-kernel_flags=(-x c++ -w -DBOXWRIGHT_EMULATOR -I tests/emulator -I kernels)
+kernel_flags=(-g1 "${kernel_checks[@]}" -x c++ -w -DBOXWRIGHT_EMULATOR -I tests/emulator -I kernels)
 own_flags=(-O3 -Wall -Wextra -Wno-unknown-pragmas -I tests/emulator -I kernels)
 
 mkdir -p "$folder"

@@ -1,11 +1,13 @@
 // The scheduler: fibers, barriers, warp collectives, blocks, launches.
 #include "machine_parts.h"
 
+#include <dlfcn.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -387,15 +389,40 @@ class Crew {
 
 // ---- faults ----------------------------------------------------------------------------------------------------
 
-struct sigaction earlier_segv, earlier_bus;
+struct sigaction earlier_segv, earlier_bus, earlier_ill;
 
 // On a fiber the launch ends; elsewhere whoever was there before us is asked.
-void on_bad_access(int number, siginfo_t* info, void*) {
+void on_bad_access(int number, siginfo_t* info, void* context) {
   if (current) {
-    current->machine->outcome.bad_address = true;
-    fail("touches address %p, which it has not, or not so aligned", info->si_addr);
+    Outcome& outcome = current->machine->outcome;
+    outcome.instruction = (u64) static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP];
+    if (number == SIGILL) {
+      fail("uses an address that is not aligned to its type, or an index outside of its array");
+    } else {
+      outcome.bad_address = true;
+      fail("touches address %p, which it has not", info->si_addr);
+    }
   }
-  sigaction(number, number == SIGSEGV ? &earlier_segv : &earlier_bus, nullptr);
+  sigaction(number, number == SIGSEGV ? &earlier_segv : number == SIGBUS ? &earlier_bus : &earlier_ill, nullptr);
+}
+
+// The source lines of an instruction, the innermost function first, if `addr2line` is here to tell.
+std::string source_of(u64 instruction) {
+  Dl_info library;
+  if (!dladdr((void*)instruction, &library)) return "";
+  char command[1024], line[512];
+  snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%llx 2>/dev/null", library.dli_fname,
+           instruction - (u64)library.dli_fbase);
+  FILE* lines = popen(command, "r");
+  if (!lines) return "";
+  std::string text;
+  while (fgets(line, sizeof line, lines)) {
+    line[strcspn(line, " \n")] = 0;
+    if (line[0] == '?') continue;
+    text += (text.empty() ? " at " : ", called at ") + std::string(short_place(line));
+  }
+  pclose(lines);
+  return text;
 }
 
 u64 common_divisor(u64 a, u64 b) { return b ? common_divisor(b, a % b) : a; }
@@ -571,6 +598,7 @@ void catch_bad_accesses() {
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     sigaction(SIGSEGV, &action, &earlier_segv);
     sigaction(SIGBUS, &action, &earlier_bus);
+    sigaction(SIGILL, &action, &earlier_ill);
   });
 #endif
 }
@@ -606,6 +634,7 @@ Outcome run(const Launch& launch, const Settings& settings, Counters& counters) 
   } else {
     job();
   }
+  if (outcome.instruction) outcome.failure += source_of(outcome.instruction);
   counters.launches += 1;
   counters.blocks += blocks;
   return outcome;
