@@ -3,6 +3,7 @@
 use super::*;
 use crate::detect::models::Detector;
 use crate::engine::params::ParamSet;
+use crate::train::args::Device;
 use crate::train::weights_file::{Metadata, write};
 use clap::Parser;
 
@@ -76,7 +77,8 @@ fn a_weights_file_that_says_nothing_about_itself_is_recognised_by_its_arrays() {
     arrays.metadata.clear();
     let silent = folder.path().join("best.safetensors");
     crate::detect::weights::safetensors::write_file(&silent, &arrays).expect("written");
-    let mut predictor = Predictor::open(&silent, Some(64), NmsArgs::prediction(), 1, Device::Cpu).expect("recognised");
+    let mut predictor =
+        Predictor::open(&silent, Some(64), NmsArgs::prediction(), 1, Device::Cpu).expect("recognised");
     assert_eq!(predictor.names(), ["class_0", "class_1"]);
     let image = Image::filled(40, 80, [9, 9, 9]);
     let found = predictor.predict(&image).expect("predicted");

@@ -216,7 +216,8 @@ impl Loader<'_> {
             if wants_gpu && is_free {
                 self.understand("extras.gpu.id");
             } else {
-                let reason = "it chooses the GPU of `extras.force_gpu`; `train.device: cuda:N` names one by itself";
+                let reason =
+                    "it chooses the GPU of `extras.force_gpu`; `train.device: cuda:N` names one by itself";
                 self.ignore("extras.gpu.id", reason);
             }
         }

@@ -175,7 +175,8 @@ fn secrets_are_masked() {
 fn extras_say_where_the_job_computes() {
     use crate::train::args::Device;
     let load = |train: &str, extras: &str| {
-        let text = format!("model: yolov8n\ntype: yolo\ntrain: {{data: d.yaml{train}}}\nextras: {{{extras}}}\n");
+        let text =
+            format!("model: yolov8n\ntype: yolo\ntrain: {{data: d.yaml{train}}}\nextras: {{{extras}}}\n");
         load(&text).expect("valid").spec
     };
     let device = |train: &str, extras: &str| load(train, extras).args.device;

@@ -218,11 +218,8 @@ mod tests {
 
     fn probe(chips: &[Chip]) -> Probe {
         let refused = |chip: &Chip| (chip.major < 7).then(|| format!("{} is too old", chip.name));
-        let device = |(ordinal, chip): (usize, &Chip)| Finding {
-            ordinal,
-            chip: chip.clone(),
-            refused: refused(chip),
-        };
+        let device =
+            |(ordinal, chip): (usize, &Chip)| Finding { ordinal, chip: chip.clone(), refused: refused(chip) };
         let devices: Vec<Finding> = chips.iter().enumerate().map(device).collect();
         let obstacle = match devices.iter().all(|d| d.refused.is_some()) {
             true if devices.is_empty() => Some("no NVIDIA driver (libcuda) on this machine".to_owned()),
@@ -241,7 +238,8 @@ mod tests {
         for json in [json!("cpu"), json!("CPU"), json!(["cpu"])] {
             assert_eq!(read(json.clone()), Ok(Device::Cpu), "{json}");
         }
-        for json in [json!(0), json!("0"), json!("cuda"), json!("cuda:0"), json!([0]), json!("[0]"), json!("CUDA:0")]
+        for json in
+            [json!(0), json!("0"), json!("cuda"), json!("cuda:0"), json!([0]), json!("[0]"), json!("CUDA:0")]
         {
             assert_eq!(read(json.clone()), Ok(Device::Cuda(0)), "{json}");
         }
@@ -253,7 +251,9 @@ mod tests {
             assert!(error.contains("training on several GPUs is not supported"), "{json}: {error}");
         }
         let odd = ["gpu", "cuda:", "cuda:x", "cuda1", "-1", "1.5", "mps", "99999", "+1", "cuda:0:1"];
-        for json in odd.map(|text| json!(text)).into_iter().chain([json!(-1), json!(true), json!([]), json!([[0]])]) {
+        for json in
+            odd.map(|text| json!(text)).into_iter().chain([json!(-1), json!(true), json!([]), json!([[0]])])
+        {
             let error = read(json.clone()).expect_err("unknown");
             assert!(error.contains("cuda:N"), "{json}: {error}");
         }

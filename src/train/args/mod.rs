@@ -15,8 +15,8 @@ use serde_json::{Map, Value as Json};
 
 use crate::yaml::{Fault, Faults, MapReader, Node};
 
-pub use keys::{Form, KEYS, KeyInfo, KeyKind, RENAMED, key_info, keys_markdown};
 pub use device::{Amp, Device, ResolvedDevice};
+pub use keys::{Form, KEYS, KeyInfo, KeyKind, RENAMED, key_info, keys_markdown};
 pub use values::{
     Batch, BatchPolicy, Cache, Classes, Fraction, Freeze, OptimizerChoice, Scale, Share, Source,
 };

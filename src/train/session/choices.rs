@@ -1,6 +1,5 @@
 //! What a run decides at its first start and keeps: batch, optimiser, schedule, class weights.
 
-use super::auto_batch;
 use super::reporter::Reporter;
 use crate::data::Split;
 use crate::detect::losses::detection::LossConfig;
@@ -8,6 +7,7 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Algorithm, Form, Hyper, Optimizer, Role, Tensor, groups};
 use crate::engine::params::{ParamKind, ParamSet};
 use crate::train::args::{Batch, OptimizerChoice as Choice, TrainArgs};
+use crate::train::autobatch::{self, HostMemory, Wish};
 use crate::train::checkpoint::{Progress, Resolved};
 use crate::train::early_stop::EarlyStop;
 use crate::train::error::TrainError;
@@ -45,9 +45,10 @@ pub(super) fn resolve(
     images: usize,
     nc: usize,
 ) -> Result<Resolved, TrainError> {
-    let batch = auto_batch::choose(args.batch, detector, params, images, auto_batch::available_bytes())?;
+    let chosen = choose_batch(args, detector, params, images)?;
+    let (batch, passes) = (chosen.batch, chosen.passes);
     let choice = match args.optimizer {
-        Choice::Auto => schedule::auto_optimizer(images, batch, args.nbs as usize, args.epochs, nc),
+        Choice::Auto => schedule::auto_optimizer(images, batch * passes, args.nbs as usize, args.epochs, nc),
         named => schedule::OptimizerChoice {
             algorithm: algorithm(&format!("{named:?}"))?,
             lr0: args.lr0,
@@ -63,12 +64,32 @@ pub(super) fn resolve(
     Ok(Resolved {
         model,
         batch,
+        passes,
         asked_batch,
         optimizer: choice.algorithm.name().to_owned(),
         lr0: choice.lr0,
         momentum: choice.momentum,
         warmup_bias_lr: choice.warmup_bias_lr,
     })
+}
+
+/// The batch that fits the memory of this machine.
+fn choose_batch(
+    args: &TrainArgs,
+    detector: &Detector,
+    params: &ParamSet,
+    images: usize,
+) -> Result<autobatch::Choice, TrainError> {
+    let wish = Wish {
+        batch: args.batch,
+        policy: args.batch_policy,
+        images,
+        auto_share: autobatch::AUTO_SHARE_HOST,
+        share_max: 1.0,
+    };
+    let bytes = |batch: usize| autobatch::host_bytes(detector, params, batch);
+    let imgsz = detector.graph.shape(detector.graph.outputs()[0])[0] * detector.strides[0];
+    autobatch::choose(&wish, &mut HostMemory::now(), &bytes).map_err(|refusal| refusal.error(imgsz))
 }
 
 fn algorithm(name: &str) -> Result<Algorithm, TrainError> {
@@ -87,6 +108,7 @@ pub(super) fn keep_choices(saved: &Progress, args: &TrainArgs, reporter: &mut Re
     {
         reporter.warn(format!("batch is {batch} now, it was {}", resolved.batch));
         (resolved.batch, resolved.asked_batch) = (batch as usize, batch as usize);
+        resolved.passes = 1;
     }
     resolved
 }
@@ -96,6 +118,11 @@ pub(super) fn check_batch(args: &TrainArgs, resolved: &Resolved, images: usize, 
         && batch as usize > images
     {
         reporter.warn(format!("batch {batch} is capped at the {images} images of the dataset"));
+    }
+    if resolved.passes > 1 {
+        let (parts, images) = (resolved.passes, resolved.batch);
+        reporter
+            .warn(format!("the batch does not fit the memory: it runs as {parts} passes of {images} images"));
     }
     assert!(resolved.batch > 0, "a batch holds at least one image");
 }
@@ -125,7 +152,8 @@ pub(super) fn optimizer(
     params: &ParamSet,
 ) -> Result<Optimizer, TrainError> {
     let algorithm = algorithm(&resolved.optimizer)?;
-    let decay = schedule::effective_weight_decay(args.weight_decay, resolved.batch, args.nbs as usize);
+    let decay =
+        schedule::effective_weight_decay(args.weight_decay, resolved.step_images(), args.nbs as usize);
     let tensors = tensors(params);
     let is_class_branch = |name: &str| name.contains(".cv3.") || name.contains(".one2one_cv3.");
     let groups = groups::build(algorithm, &tensors, resolved.lr0, resolved.momentum, decay, is_class_branch);
@@ -139,8 +167,8 @@ pub(super) fn schedule_spec(
     batches: usize,
     epochs: u32,
 ) -> ScheduleSpec {
-    let accumulate = schedule::accumulate_for(args.nbs as usize, resolved.batch);
-    let cap = if args.time.is_some() { usize::MAX } else { batches * epochs as usize };
+    let accumulate = schedule::accumulate_for(args.nbs as usize, resolved.step_images());
+    let cap = if args.time.is_some() { usize::MAX } else { batches * epochs as usize / resolved.passes };
     ScheduleSpec {
         epochs,
         batches,
@@ -157,7 +185,9 @@ pub(super) fn schedule_spec(
 /// The arguments with what `auto` became, for `args.yaml`.
 pub(super) fn resolved_args(args: &TrainArgs, resolved: &Resolved) -> TrainArgs {
     let mut args = args.clone();
-    args.batch = Batch::Images(resolved.batch as u32);
+    // A batch that was cut stays the one that was asked for; on resume it is cut in the same way.
+    let batch = if resolved.passes > 1 { resolved.asked_batch } else { resolved.batch };
+    args.batch = Batch::Images(batch as u32);
     args
 }
 

@@ -1,7 +1,6 @@
 //! A training session from start to end. Read [`Session::run`], then `prepare` (everything before the
 //! first batch), `epoch` (the loop), `validate`, `finish`.
 
-mod auto_batch;
 mod choices;
 mod epoch;
 mod feeding;
@@ -31,7 +30,6 @@ use crate::data::{Dataset, Split, TrainLoader, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
-pub use auto_batch::available_bytes;
 pub use initial::{Branch, freeze, head_branch, initialise};
 pub use network::{Network, RawOutput, Spare};
 pub use pretrained::{LoadedModel, Weights, load_model};

@@ -68,7 +68,8 @@ pub(super) fn prepare<'r, 'o>(
     let epochs = found
         .as_ref()
         .map_or(args.epochs, |(_, c)| if args.time.is_some() { c.progress.epochs } else { args.epochs });
-    let schedule = Schedule::new(schedule_spec(&args, &resolved, batches, epochs));
+    let schedule =
+        Schedule::new(schedule_spec(&args, &resolved, batches, epochs)).with_passes(resolved.passes);
     let has_momentum = optimizer.algorithm().has_momentum();
     schedule.apply(0, 0, &mut optimizer.groups, has_momentum);
     if let Some(start) = &start {
