@@ -64,6 +64,9 @@ pub struct Progress {
     pub elapsed_s: f64,
     /// Returns to a checkpoint because of a loss that was not finite.
     pub rollbacks: u32,
+    /// Factor of the loss and steps since it changed, where activations are kept in half precision.
+    #[serde(default)]
+    pub loss_scale: Option<(f32, u32)>,
 }
 
 /// What the session chose at its first start and keeps on resume.

@@ -1,10 +1,9 @@
 //! The device that a session, a validation, a prediction or a measurement computes on.
 
-use std::sync::Arc;
-
 use super::args::{Amp, Device, ResolvedDevice};
 use super::error::TrainError;
-use crate::engine::device::cuda::{Device as CudaDevice, Precision, probe};
+use super::session::Compute;
+use crate::engine::device::cuda::{Device as CudaDevice, probe};
 
 /// The device of this machine that `wanted` means.
 ///
@@ -18,41 +17,23 @@ pub fn resolve(wanted: Device) -> Result<ResolvedDevice, TrainError> {
     wanted.resolve(&probe()).map_err(|message| TrainError::Config { key: "device".into(), message })
 }
 
-/// Refuses a GPU that is named for work that only the CPU does; the best device there is means the CPU here.
-///
-/// # Errors
-/// As [`resolve`], or a sentence that says what computes on the CPU.
-pub fn cpu_only(wanted: Device, work: &str) -> Result<(), TrainError> {
-    let Device::Cuda(ordinal) = wanted else { return Ok(()) };
-    resolve(wanted)?;
-    let message = format!("cuda:{ordinal} was asked for; {work} computes on the CPU in this version");
-    Err(TrainError::Config { key: "device".into(), message })
-}
-
-/// A device that is ready.
-#[derive(Clone)]
-pub enum Opened {
-    /// The CPU.
-    Cpu,
-    /// A GPU and the storage of activations on it.
-    Cuda(Arc<CudaDevice>, Precision),
-}
-
-/// Opens the device of this machine that `wanted` means and settles the precision that `amp` means there.
+/// Opens the device of this machine that `wanted` means and settles the precision that `amp` means there. The CPU
+/// computes on `threads` threads, 0 takes all cores.
 ///
 /// # Errors
 /// As [`resolve`]; a precision that the device lacks; the driver does not open the GPU.
-pub fn open(wanted: Device, amp: Amp) -> Result<Opened, TrainError> {
+pub fn open(wanted: Device, amp: Amp, threads: usize) -> Result<Compute, TrainError> {
     let config = |key: &str, message: String| TrainError::Config { key: key.into(), message };
     match resolve(wanted)? {
         ResolvedDevice::Cpu => {
             amp.precision(None).map_err(|message| config("amp", message))?;
-            Ok(Opened::Cpu)
+            Ok(Compute::Cpu { threads })
         }
         ResolvedDevice::Cuda(ordinal) => {
-            let device = CudaDevice::open(ordinal).map_err(|error| config("device", error.to_string()))?;
+            let failed = |source| TrainError::Device { action: "start", source };
+            let device = CudaDevice::open(ordinal).map_err(failed)?;
             let precision = amp.precision(Some(device.chip())).map_err(|message| config("amp", message))?;
-            Ok(Opened::Cuda(device, precision))
+            Ok(Compute::Cuda { device, precision })
         }
     }
 }

@@ -12,6 +12,7 @@ pub mod event;
 pub mod files;
 pub mod plots;
 pub mod predictor;
+pub mod profile;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;

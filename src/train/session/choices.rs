@@ -216,6 +216,7 @@ pub(super) fn fresh_progress(
         rows: Vec::new(),
         elapsed_s: 0.0,
         rollbacks: 0,
+        loss_scale: None,
     }
 }
 

@@ -31,7 +31,7 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use initial::{Branch, freeze, head_branch, initialise};
-pub use network::{Network, RawOutput, Spare};
+pub use network::{Compute, Network, RawOutput, Spare, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
 pub use validate_file::{ValidateFileArgs, validate_file};

@@ -28,8 +28,7 @@ pub(super) fn prepare<'r, 'o>(
     reporter: &'r mut Reporter<'o>,
 ) -> Result<Run<'r, 'o>, TrainError> {
     let mut args = spec.args.clone();
-    device::cpu_only(args.device, "training")?;
-    args.amp.precision(None).map_err(|message| TrainError::Config { key: "amp".into(), message })?;
+    let compute = device::open(args.device, args.amp, spec.threads)?;
     let store = Store::new(reporter.folder.state(), spec.checkpoints_kept);
     let found = find_checkpoint(spec, &store, reporter)?;
     let dataset = open_dataset(&args, reporter)?;
@@ -50,7 +49,7 @@ pub(super) fn prepare<'r, 'o>(
         reporter.warn(format!("imgsz {} is rounded up to {imgsz}, a multiple of {STRIDE_MAX}", args.imgsz));
     }
     let detector = build(&architecture, nc, imgsz, imgsz)?;
-    let mut network = Network::new(&architecture, nc, loss_config(&args, &train, nc), spec.threads)?;
+    let mut network = Network::new(&architecture, nc, loss_config(&args, &train, nc), &compute)?;
     initial::freeze(&mut network.params, &args.freeze, detector.head_row)?;
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
@@ -120,6 +119,7 @@ pub(super) fn prepare<'r, 'o>(
             run.picture_of_labels();
         }
     }
+    run.network.push(&run.optimizer, &run.ema)?;
     run.report_plan(resumed);
     Ok(run)
 }
