@@ -6,8 +6,8 @@ use crate::detect::losses::detection::LossConfig;
 use crate::detect::models::Detector;
 use crate::engine::optim::{Algorithm, Form, Hyper, Optimizer, Role, Tensor, groups};
 use crate::engine::params::{ParamKind, ParamSet};
-use crate::train::args::{Batch, OptimizerChoice as Choice, TrainArgs};
-use crate::train::autobatch::{self, HostMemory, Wish};
+use crate::train::args::{Batch, OptimizerChoice as Wanted, TrainArgs};
+use crate::train::autobatch::Choice;
 use crate::train::checkpoint::{Progress, Resolved};
 use crate::train::early_stop::EarlyStop;
 use crate::train::error::TrainError;
@@ -37,18 +37,17 @@ pub(super) fn loss_config(args: &TrainArgs, train: &Split, nc: usize) -> LossCon
     }
 }
 
-/// The choices of a first start.
+/// The choices of a first start, with the batch that was chosen.
 pub(super) fn resolve(
     args: &TrainArgs,
     detector: &Detector,
-    params: &ParamSet,
+    chosen: Choice,
     images: usize,
     nc: usize,
 ) -> Result<Resolved, TrainError> {
-    let chosen = choose_batch(args, detector, params, images)?;
     let (batch, passes) = (chosen.batch, chosen.passes);
     let choice = match args.optimizer {
-        Choice::Auto => schedule::auto_optimizer(images, batch * passes, args.nbs as usize, args.epochs, nc),
+        Wanted::Auto => schedule::auto_optimizer(images, batch * passes, args.nbs as usize, args.epochs, nc),
         named => schedule::OptimizerChoice {
             algorithm: algorithm(&format!("{named:?}"))?,
             lr0: args.lr0,
@@ -73,26 +72,7 @@ pub(super) fn resolve(
     })
 }
 
-/// The batch that fits the memory of this machine.
-fn choose_batch(
-    args: &TrainArgs,
-    detector: &Detector,
-    params: &ParamSet,
-    images: usize,
-) -> Result<autobatch::Choice, TrainError> {
-    let wish = Wish {
-        batch: args.batch,
-        policy: args.batch_policy,
-        images,
-        auto_share: autobatch::AUTO_SHARE_HOST,
-        share_max: 1.0,
-    };
-    let bytes = |batch: usize| autobatch::host_bytes(detector, params, batch);
-    let imgsz = detector.graph.shape(detector.graph.outputs()[0])[0] * detector.strides[0];
-    autobatch::choose(&wish, &mut HostMemory::now(), &bytes).map_err(|refusal| refusal.error(imgsz))
-}
-
-fn algorithm(name: &str) -> Result<Algorithm, TrainError> {
+pub(super) fn algorithm(name: &str) -> Result<Algorithm, TrainError> {
     Algorithm::parse(name).ok_or_else(|| TrainError::Config {
         key: "optimizer".into(),
         message: format!("no optimiser is called {name:?}"),
@@ -159,6 +139,13 @@ pub(super) fn optimizer(
     let groups = groups::build(algorithm, &tensors, resolved.lr0, resolved.momentum, decay, is_class_branch);
     let hyper = Hyper { beta1: resolved.momentum, ..Hyper::default() };
     Ok(Optimizer::new(algorithm, hyper, tensors, groups, params.values.len()))
+}
+
+/// An optimiser of that kind with constants that do not matter: for its size.
+pub(super) fn optimizer_of(algorithm: Algorithm, params: &ParamSet) -> Optimizer {
+    let tensors = tensors(params);
+    let groups = groups::build(algorithm, &tensors, 0.01, 0.9, 0.0, |_| false);
+    Optimizer::new(algorithm, Hyper::default(), tensors, groups, params.values.len())
 }
 
 pub(super) fn schedule_spec(

@@ -6,6 +6,7 @@ mod epoch;
 mod feeding;
 mod finish;
 mod initial;
+mod memory;
 mod network;
 mod pictures;
 mod prepare;
