@@ -1,12 +1,12 @@
 //! A training session from start to end. Read [`Session::run`], then `prepare` (everything before the
 //! first batch), `epoch` (the loop), `validate`, `finish`.
 
-mod auto_batch;
 mod choices;
 mod epoch;
 mod feeding;
 mod finish;
 mod initial;
+mod memory;
 mod network;
 mod pictures;
 mod prepare;
@@ -31,7 +31,6 @@ use crate::data::{Dataset, Split, TrainLoader, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
-pub use auto_batch::available_bytes;
 pub use initial::{Branch, freeze, head_branch, initialise};
 pub use network::{Compute, Network, RawOutput, Spare, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
