@@ -23,7 +23,7 @@ pub const HEADERS: &[(&str, &str)] = &[
 ];
 
 /// Every kernel file.
-pub const SOURCES: &[Source] = sources!["cast"];
+pub const SOURCES: &[Source] = sources!["augment", "cast"];
 
 /// The file of that stem.
 pub fn find(stem: &str) -> Option<&'static Source> {
