@@ -39,6 +39,7 @@ pub const HEADERS: &[(&str, &str)] = headers![
 
 /// Every kernel file.
 pub const SOURCES: &[Source] = sources![
+    "augment",
     "batch_norm_act",
     "batch_norm_act_finish",
     "border",
