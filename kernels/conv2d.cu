@@ -25,9 +25,9 @@ struct ForwardArgs {
 };
 
 template <class T, class O, Epilogue E> DEVI void plain_forward(const ForwardArgs& args) {
-  InputRows<ViewInput<T>> a{{args.x, args.vector_x != 0}, args.conv};
+  PlainInputRows<PlainViewInput<T>> a{{args.x, args.vector_x != 0}, args.conv};
   a.begin(blockIdx.x * PlainTile::rows);
-  WeightRows<T> b{reinterpret_cast<const T*>(args.weight), args.conv, args.vector_weight != 0};
+  PlainWeightRows<T> b{reinterpret_cast<const T*>(args.weight), args.conv, args.vector_weight != 0};
   b.begin(blockIdx.y * PlainTile::columns);
   float sums[8][4];
   plain_multiply(a, b, (args.conv.depth + PlainTile::depth - 1) / PlainTile::depth, sums);
@@ -79,7 +79,7 @@ DEVI Pixel class_pixel(const Class& k, u32 row) {
   return Pixel{line / k.y.count, (i32)(line % k.y.count), (i32)x};
 }
 
-template <class T> struct GradientRows {
+template <class T> struct PlainGradientRows {
   const DataArgs& args;
   const Class& k;
   const T* origin;
@@ -114,7 +114,7 @@ template <class T> struct GradientRows {
 };
 
 // The weight with rows c_in and depth (tap, c_out).
-template <class T> struct WeightColumns {
+template <class T> struct PlainWeightColumns {
   const DataArgs& args;
   const Class& k;
   u32 channel;
@@ -148,9 +148,9 @@ template <class T> DEVI void plain_backward_data(const DataArgs& args) {
   const Class k = class_of(args);
   const u32 first_row = blockIdx.x * PlainTile::rows;
   if (first_row >= k.rows) return;
-  GradientRows<T> a{args, k};
+  PlainGradientRows<T> a{args, k};
   a.begin(first_row);
-  WeightColumns<T> b{args, k};
+  PlainWeightColumns<T> b{args, k};
   b.begin(blockIdx.y * PlainTile::columns);
   float sums[8][4];
   plain_multiply(a, b, (k.depth + PlainTile::depth - 1) / PlainTile::depth, sums);
@@ -179,7 +179,7 @@ template <class T> DEVI void plain_backward_data(const DataArgs& args) {
   KERNEL(conv2d_forward_apply_##SUFFIX, ForwardArgs, 128) { plain_forward<T, T, Epilogue::apply>(args); }        \
   KERNEL(conv2d_backward_data_##SUFFIX, DataArgs, 128) { plain_backward_data<T>(args); }                         \
   KERNEL(conv2d_backward_weight_##SUFFIX, PlainWeightArgs, 128) {                                                \
-    plain_backward_weight<T>(args, ViewInput<T>{args.x, args.vector_x != 0});                                    \
+    plain_backward_weight<T>(args, PlainViewInput<T>{args.x, args.vector_x != 0});                                    \
   }
 
 KERNELS(float, f32)

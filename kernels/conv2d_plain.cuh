@@ -106,7 +106,7 @@ DEVI void next(Tap& t, u32 kernel, u32 channels) {
 // ---- where the input comes from ---------------------------------------------------------------------------------
 
 // A view with its border of zeros: no edge tests. `vector`: eight channels lie together and aligned.
-template <class T> struct ViewInput {
+template <class T> struct PlainViewInput {
   const Tensor& t;
   bool vector;
   const T* origin;
@@ -121,7 +121,7 @@ template <class T> struct ViewInput {
 };
 
 // Bytes, dense [n, h, w, 3], as fractions; zeros outside the image.
-struct ImageInput {
+struct PlainImageInput {
   const u8* bytes;
   i32 h, w;
   bool vector;  // never
@@ -139,7 +139,7 @@ struct ImageInput {
 
 // ---- loaders of the forward pass: rows are output pixels --------------------------------------------------------
 
-template <class Input> struct InputRows {
+template <class Input> struct PlainInputRows {
   Input input;
   const PlainConv& g;
   bool valid;
@@ -167,7 +167,7 @@ template <class Input> struct InputRows {
 };
 
 // The weight as it lies: [depth][c_out].
-template <class T> struct WeightRows {
+template <class T> struct PlainWeightRows {
   const T* weight;
   const PlainConv& g;
   bool vector;
@@ -315,7 +315,7 @@ struct PlainWeightArgs {
   u32 pixels_per_split, direct, vector_x, vector_dy;
 };
 
-template <class Input> struct InputColumns {
+template <class Input> struct PlainInputColumns {
   Input input;
   const PlainConv& g;
   u32 depth, pixel, end;
@@ -345,7 +345,7 @@ template <class Input> struct InputColumns {
   }
 };
 
-template <class T> struct GradientColumns {
+template <class T> struct PlainGradientColumns {
   const Tensor& dy;
   const PlainConv& g;
   bool vector;
@@ -377,9 +377,9 @@ template <class T, class Input> DEVI void plain_backward_weight(const PlainWeigh
   const PlainConv& g = args.conv;
   const u32 begin = blockIdx.z * args.pixels_per_split, end = min(g.rows, begin + args.pixels_per_split);
   const u32 first_depth = blockIdx.x * PlainTile::rows, first_column = blockIdx.y * PlainTile::columns;
-  InputColumns<Input> a{input, g};
+  PlainInputColumns<Input> a{input, g};
   a.begin(first_depth, begin, end);
-  GradientColumns<T> b{args.dy, g, args.vector_dy != 0};
+  PlainGradientColumns<T> b{args.dy, g, args.vector_dy != 0};
   b.begin(first_column, begin, end);
   float sums[8][4];
   plain_multiply(a, b, (end - begin + PlainTile::depth - 1) / PlainTile::depth, sums);

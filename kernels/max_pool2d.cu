@@ -19,7 +19,7 @@ struct PoolArgs {
 };
 
 // One byte for each of V channels.
-template <i32 V> struct Bytes {
+template <i32 V> struct PoolBytes {
   uint2 raw;
   __device__ __forceinline__ void load(const u8* p) { raw = *reinterpret_cast<const uint2*>(p); }
   __device__ __forceinline__ u32 get(i32 k) const { return ((k < 4 ? raw.x : raw.y) >> (8 * (k & 3))) & 0xffu; }
@@ -28,7 +28,7 @@ template <i32 V> struct Bytes {
                                               v[4] | v[5] << 8 | v[6] << 16 | v[7] << 24);
   }
 };
-template <> struct Bytes<1> {
+template <> struct PoolBytes<1> {
   u32 raw;
   __device__ __forceinline__ void load(const u8* p) { raw = *p; }
   __device__ __forceinline__ u32 get(i32) const { return raw; }
@@ -67,7 +67,7 @@ template <class T, i32 V> DEVI void max_pool2d_forward(const PoolArgs& a) {
     Lanes<T, V>::put(z, best);
     if (a.indices != 0) {
       const u64 dense = ((u64)p.n * a.z.h + (u32)p.y) * a.z.w + (u32)p.x;
-      Bytes<V>::put(reinterpret_cast<u8*>(a.indices) + dense * a.z.c + channel, position);
+      PoolBytes<V>::put(reinterpret_cast<u8*>(a.indices) + dense * a.z.c + channel, position);
     }
   }
 }
@@ -91,7 +91,7 @@ template <class T, i32 V> DEVI void max_pool2d_backward(const PoolArgs& a) {
       for (u32 ox = x0; ox < x1; ++ox) {
         const u32 tap = (y - oy * a.stride) * a.kernel + (x - ox * a.stride);
         const u64 dense = ((u64)p.n * a.z.h + oy) * a.z.w + ox;
-        Bytes<V> chosen;
+        PoolBytes<V> chosen;
         chosen.load(reinterpret_cast<const u8*>(a.indices) + dense * a.z.c + channel);
         Lanes<T, V> dz;
         float d[V];

@@ -10,11 +10,11 @@ use boxwright::engine::optim::{Algorithm, Hyper, Optimizer, groups};
 use boxwright::engine::optim::{clip_grad_norm, squared_norm};
 use boxwright::engine::params::{ParamSet, from_reference};
 use boxwright::engine::plan::{Mode, Plan};
+use common::tiny::{Tiny, nchw_to_nhwc, targets};
 use common::tolerances::{
     MODEL_BOXES_PX, MODEL_FORWARD, MODEL_GRADIENT_FLOOR, MODEL_GRADIENT_REL_L2, MODEL_LOSS, OPTIMISER,
     RUNNING_STATISTICS,
 };
-use common::tiny::{Tiny, nchw_to_nhwc, targets};
 use common::{Golden, assert_close, assert_rel_l2};
 
 /// The model of the file, its weights, and an executor for both modes.

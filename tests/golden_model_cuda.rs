@@ -33,9 +33,8 @@ impl OnDevice {
     fn open(precision: Precision) -> OnDevice {
         let tiny = Tiny::open();
         let mut executor = Executor::new(&device(), precision).expect("kernels that load");
-        let plan = |mode| {
-            Plan::for_target(&tiny.model.graph, &tiny.params, tiny.batch, mode, &executor.target())
-        };
+        let plan =
+            |mode| Plan::for_target(&tiny.model.graph, &tiny.params, tiny.batch, mode, &executor.target());
         let (train, eval) = (plan(Mode::Train), plan(Mode::Eval));
         executor.reserve(&train).expect("a small plan");
         executor.reserve(&eval).expect("a small plan");
@@ -176,7 +175,13 @@ fn golden_model_in_sixteen_bits_stays_near() {
         assert_close(&name("loss.items"), &got, &golden.f32("loss.items"), HALF_LOSS);
         for (branch, array) in ["train.boxes", "train.scores"].into_iter().enumerate() {
             // The step left the outputs where they were written.
-            assert_rel_l2(&name(array), &f.joined(&f.train, branch), &golden.f32(array), HALF_OUTPUT_REL_L2, 0.0);
+            assert_rel_l2(
+                &name(array),
+                &f.joined(&f.train, branch),
+                &golden.f32(array),
+                HALF_OUTPUT_REL_L2,
+                0.0,
+            );
         }
         let mut all = (Vec::new(), Vec::new());
         for array in golden.with_prefix("grad.").iter().filter(|a| !a.contains(".dfl.")) {

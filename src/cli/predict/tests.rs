@@ -3,6 +3,7 @@
 use super::*;
 use crate::detect::models::Detector;
 use crate::engine::params::ParamSet;
+use crate::train::session::Compute;
 use crate::train::weights_file::{Metadata, write};
 use clap::Parser;
 

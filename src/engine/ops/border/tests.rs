@@ -22,3 +22,27 @@ fn border_and_inside_are_told_apart() {
     assert_eq!(buffer.iter().filter(|&&v| v == 0.0).count(), border + 2 * 3 * 4 * 2);
     assert_eq!(buffer[0], 7.0, "channels outside the slice stay");
 }
+
+#[test]
+fn the_device_clears_borders_and_insides() {
+    use super::cuda::BorderKernels;
+    use crate::engine::ops::cuda_testing::{Layout, Map, normals, on_all};
+    on_all(|bench| {
+        let kernels = BorderKernels::load(&bench.device, bench.precision).expect("kernels");
+        for (h, w, c, beyond, pad) in [(3, 4, 8, 0, 1), (5, 2, 5, 1, 2), (1, 1, 24, 8, 3), (4, 4, 16, 8, 0)] {
+            let at = Layout::dense(2, h, w, c).within(beyond, pad);
+            let map = Map::poisoned(bench, at);
+            // SAFETY: the map lives in this test.
+            unsafe { kernels.zero(&bench.stream, map.tensor()) }.expect("a launch");
+            let inside = map.read_written(bench, pad > 0);
+            assert!(inside.iter().all(|v| v.is_nan()), "the inside stays");
+            // SAFETY: as above.
+            unsafe { kernels.zero_inside(&bench.stream, map.tensor()) }.expect("a launch");
+            assert!(map.read_written(bench, pad > 0).iter().all(|v| *v == 0.0));
+            let map = Map::of(bench, at, &normals(bench.precision, 1, at.len(), 0.0));
+            // SAFETY: as above.
+            unsafe { kernels.zero_inside(&bench.stream, map.tensor()) }.expect("a launch");
+            assert!(map.read_written(bench, true).iter().all(|v| *v == 0.0));
+        }
+    });
+}

@@ -89,10 +89,6 @@ impl CudaBackend {
         self.executor.target()
     }
 
-    pub fn executor(&self) -> &Executor {
-        &self.executor
-    }
-
     /// Bytes of device memory that this backend holds.
     pub fn bytes(&self, params: &ParamSet) -> usize {
         let precision = self.executor.precision();
