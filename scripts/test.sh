@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test. Needs cargo, a C compiler and g++, nothing else. Arguments go to `cargo test`:
+# Runs every test. Needs cargo and a C and C++ compiler, nothing else; kernels are compiled for chips where
+# `scripts/nvrtc.sh` was run before or BOXWRIGHT_NVRTC names a compiler. Arguments go to `cargo test`:
 #   scripts/test.sh                 all tests
 #   scripts/test.sh golden          the tests against recorded reference numbers
 set -euo pipefail
@@ -10,5 +11,12 @@ cd "$(dirname "$0")/.."
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 if [ "$cores" -gt 4 ]; then cores=4; fi
 export RUST_TEST_THREADS="${RUST_TEST_THREADS:-$cores}"
+
+for folder in "${CARGO_TARGET_DIR:-target}"/nvrtc-*/nvidia/cu13/lib; do
+    if [ -z "${BOXWRIGHT_NVRTC:-}" ] && [ -d "$folder" ]; then
+        BOXWRIGHT_NVRTC="$(cd "$folder" && pwd)"
+        export BOXWRIGHT_NVRTC
+    fi
+done
 
 exec cargo test --release "$@"

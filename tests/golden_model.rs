@@ -5,58 +5,22 @@ mod common;
 use boxwright::detect::decode::{HeadLevel, decode};
 use boxwright::detect::losses::detection::{DetectionLoss, HeadLevelGrad, LossConfig};
 use boxwright::detect::models::Detector;
-use boxwright::detect::models::table::{Module, Row, Scale, Table};
-use boxwright::detect::targets::Target;
 use boxwright::engine::device::cpu::Executor;
-use boxwright::engine::graph::NormConfig;
 use boxwright::engine::optim::{Algorithm, Hyper, Optimizer, groups};
 use boxwright::engine::optim::{clip_grad_norm, squared_norm};
 use boxwright::engine::params::{ParamSet, from_reference};
 use boxwright::engine::plan::{Mode, Plan};
+use common::tiny::{Tiny, nchw_to_nhwc, targets};
 use common::tolerances::{
     MODEL_BOXES_PX, MODEL_FORWARD, MODEL_GRADIENT_FLOOR, MODEL_GRADIENT_REL_L2, MODEL_LOSS, OPTIMISER,
     RUNNING_STATISTICS,
 };
 use common::{Golden, assert_close, assert_rel_l2};
-use serde_json::Value as Json;
-
-/// The model table as the file writes it.
-fn table(config: &Json) -> Table {
-    let scale = config["scales"][config["scale"].as_str().expect("a scale")].as_array().expect("a triple");
-    let number = |v: &Json| v.as_f64().expect("a number");
-    let count = |v: &Json| v.as_u64().expect("a count") as usize;
-    let scale = Scale { depth: number(&scale[0]), width: number(&scale[1]), max_channels: count(&scale[2]) };
-    let rows = ["backbone", "head"].iter().flat_map(|part| config[part].as_array().expect("rows"));
-    let rows = rows.map(|row| {
-        let from: Vec<isize> = match &row[0] {
-            Json::Array(list) => list.iter().map(|v| v.as_i64().expect("a row") as isize).collect(),
-            one => vec![one.as_i64().expect("a row") as isize],
-        };
-        let args = &row[3];
-        let module = match row[2].as_str().expect("a module") {
-            "Conv" => Module::Conv {
-                channels: count(&args[0]),
-                kernel: args.get(1).map_or(1, count),
-                stride: args.get(2).map_or(1, count),
-            },
-            "C2f" => Module::C2f {
-                channels: count(&args[0]),
-                shortcut: args.get(1).and_then(Json::as_bool).unwrap_or(false),
-            },
-            "SPPF" => Module::Sppf { channels: count(&args[0]), kernel: count(&args[1]) },
-            "nn.Upsample" => Module::Upsample { factor: count(&args[1]) },
-            "Concat" => Module::Concat,
-            "Detect" => Module::Detect,
-            other => panic!("module {other} is not one of YOLOv8"),
-        };
-        Row::new(&from, count(&row[1]), module)
-    });
-    Table { scale, reg_max: count(&config["reg_max"]), rows: rows.collect() }
-}
 
 /// The model of the file, its weights, and an executor for both modes.
 struct Fixture {
     golden: Golden,
+    config: LossConfig,
     model: Detector,
     params: ParamSet,
     train: Plan,
@@ -67,36 +31,15 @@ struct Fixture {
 
 impl Fixture {
     fn open() -> Fixture {
-        let golden = Golden::open("yolov8_tiny");
-        let shape = golden.shape("in.img_u8");
-        let (batch, h, w) = (shape[0], shape[2], shape[3]);
-        let table = table(golden.meta("config"));
-        let nc = golden.meta_usize("nc");
-        let mut model = Detector::from_table("tiny", &table, nc, h, w).expect("the model of the file");
-        let bn = golden.meta("bn");
-        let number = |key: &str| bn[key].as_f64().expect("a number") as f32;
-        model.graph.set_norm(NormConfig { eps: number("eps"), momentum: number("momentum") });
-        let mut params = ParamSet::new(&model.graph);
-        for array in golden.with_prefix("sd.") {
-            let target = &array[3..];
-            if target.ends_with("num_batches_tracked") || target.contains(".dfl.") {
-                continue;
-            }
-            params.import(target, &golden.shape(&array), &golden.f32(&array)).expect("shapes of the file");
-        }
-        let loaded = golden.with_prefix("sd.").iter().filter(|a| !a.ends_with("num_batches_tracked")).count();
-        assert_eq!(
-            loaded - 1,
-            params.infos.len(),
-            "every parameter comes from the file, and the rest is the dfl constant"
-        );
+        let tiny = Tiny::open();
+        let config = tiny.loss_config();
+        let Tiny { golden, model, params, batch, images } = tiny;
         let (train, eval) =
             (Plan::new(&model.graph, batch, Mode::Train), Plan::new(&model.graph, batch, Mode::Eval));
         let mut executor = Executor::new(&[&train, &eval], 2).expect("a small plan");
         // One buffer serves both plans.
-        let images = nchw_to_nhwc(&shape, &golden.u8("in.img_u8"));
         executor.input_mut(&train).copy_from_slice(&images);
-        Fixture { golden, model, params, train, eval, executor, batch }
+        Fixture { golden, config, model, params, train, eval, executor, batch }
     }
 
     /// Output `2 * level + branch` of all levels as the reference joins them: `(n, channels, anchors)`.
@@ -116,17 +59,6 @@ impl Fixture {
         }
         out
     }
-}
-
-fn nchw_to_nhwc<T: Copy>(shape: &[usize], data: &[T]) -> Vec<T> {
-    let (n, c, pixels) = (shape[0], shape[1], shape[2] * shape[3]);
-    let at = |image, pixel, channel| data[(image * c + channel) * pixels + pixel];
-    (0..n)
-        .flat_map(|image| {
-            (0..pixels).flat_map(move |pixel| (0..c).map(move |channel| (image, pixel, channel)))
-        })
-        .map(|(image, pixel, channel)| at(image, pixel, channel))
-        .collect()
 }
 
 #[test]
@@ -149,19 +81,6 @@ fn golden_model_forward_in_training_mode() {
     }
 }
 
-/// The labelled boxes of the batch.
-fn targets(golden: &Golden) -> Vec<Target> {
-    let (classes, boxes, images) =
-        (golden.f32("in.cls"), golden.f32("in.bboxes"), golden.f32("in.batch_idx"));
-    (0..images.len())
-        .map(|i| Target {
-            image: images[i] as u32,
-            class: classes[i] as u32,
-            cxcywh: std::array::from_fn(|k| boxes[4 * i + k]),
-        })
-        .collect()
-}
-
 impl Fixture {
     /// Head outputs of a plan, by level.
     fn levels<'a>(&self, plan: &Plan, outputs: &[&'a [f32]]) -> Vec<HeadLevel<'a>> {
@@ -174,17 +93,8 @@ impl Fixture {
     }
 
     fn loss(&self) -> DetectionLoss {
-        let gains = self.golden.meta("gains");
-        let gain = |key: &str| gains[key].as_f64().expect("a gain") as f32;
-        let config = LossConfig {
-            reg_max: self.model.reg_max,
-            gain_box: gain("box"),
-            gain_cls: gain("cls"),
-            gain_dfl: gain("dfl"),
-            ..LossConfig::new(self.model.nc)
-        };
         DetectionLoss::new(
-            config,
+            self.config.clone(),
             self.batch,
             self.model.anchor_count(),
             self.golden.shape("in.cls")[0].max(1),

@@ -44,6 +44,7 @@ impl Trainer {
         std::fs::create_dir_all(run_dir).expect("a folder");
         let result = run_dir.join("result.json");
         let spec = ChildSpec {
+            gpu_share_max: 1.0,
             task_id: "t1".into(),
             attempt: 1,
             run_dir: run_dir.to_owned(),

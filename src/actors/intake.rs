@@ -353,8 +353,8 @@ mod tests {
     #[test]
     fn refusals_and_dry_runs_make_no_job() {
         let mut fixture = Fixture::new();
-        let device = submission("a.yaml", &JOB.replace("data:", "device: 0, data:"));
-        assert!(rejected(fixture.decide(&device)).contains("no CUDA device support in this build"));
+        let device = submission("a.yaml", &JOB.replace("data:", "device: [0, 1], data:"));
+        assert!(rejected(fixture.decide(&device)).contains("training on several GPUs is not supported"));
         let dry = submission("b.yaml", &format!("{JOB}dry_run: true\n"));
         assert!(matches!(fixture.decide(&dry), Verdict::DryRun(text) if text.contains("\"dry_run\": true")));
         assert_eq!(fixture.journal.active().expect("reads"), []);

@@ -154,6 +154,7 @@ impl Service {
             program,
             state_dir: state_dir.clone(),
             threads,
+            gpu_share_max: f64::from(config.max_gpu_percent) / 100.0,
             stall_timeout_ms: config.stall_timeout_ms,
         };
         Ok(Self {

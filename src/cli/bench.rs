@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use super::CliError;
+use crate::train::args::{Amp, Device};
 use crate::train::bench::{StepBench, StepTimes};
+use crate::train::device;
 
 /// Measures speed on this machine.
 #[derive(clap::Args, Debug)]
@@ -45,6 +47,12 @@ pub struct StepArgs {
     /// Threads; 0 for all cores.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
+    /// cpu, cuda or cuda:N; the best device there is when not given.
+    #[arg(long, value_name = "DEVICE", default_value = "", hide_default_value = true)]
+    pub device: Device,
+    /// Precision on a GPU: true (mixed), false (f32), bf16, fp16 or fp32.
+    #[arg(long, default_value = "true", value_parser = parse_amp)]
+    pub amp: Amp,
     /// Steps before the clock starts.
     #[arg(long, default_value_t = 3)]
     pub warmup: u32,
@@ -54,6 +62,15 @@ pub struct StepArgs {
     /// One line of JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `amp` as it is written in a job.
+pub(super) fn parse_amp(text: &str) -> Result<Amp, String> {
+    let json = match text {
+        "true" | "false" => serde_json::Value::Bool(text == "true"),
+        other => serde_json::Value::from(other),
+    };
+    Amp::try_from(json)
 }
 
 /// Runs the command.
@@ -66,6 +83,8 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
 }
 
 fn step(args: StepArgs) -> Result<ExitCode, CliError> {
+    let failed = |e| CliError::usage_from("the device cannot be used", e);
+    let compute = device::open(args.device, args.amp, args.threads).map_err(failed)?;
     let bench = StepBench {
         model: args.model.clone(),
         nc: args.nc,
@@ -74,9 +93,8 @@ fn step(args: StepArgs) -> Result<ExitCode, CliError> {
         boxes: args.boxes as usize,
         warmup: args.warmup as usize,
         steps: args.steps as usize,
-        threads: args.threads,
     };
-    let times = bench.run().map_err(|e| CliError::usage_from("the steps could not be timed", e))?;
+    let times = bench.run(&compute).map_err(|e| CliError::usage_from("the steps could not be timed", e))?;
     let mut sorted = times.seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;

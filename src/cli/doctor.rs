@@ -1,5 +1,7 @@
 //! `boxwright doctor`: what this machine has, and what is missing.
 
+mod graphics;
+
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -38,7 +40,8 @@ struct Check {
 /// When the service configuration cannot be read.
 pub fn run(args: Args) -> Result<ExitCode, CliError> {
     let config = args.service.load()?;
-    let mut checks = vec![processor(), memory(), graphics()];
+    let mut checks = vec![processor(), memory()];
+    checks.extend(graphics::checks());
     for (name, path) in [
         ("configs folder", config.configs_dir.as_path()),
         ("stop folder", &config.stop_dir()),
@@ -101,16 +104,6 @@ fn memory() -> Check {
         says: format!("{} of {} available{note}", gib(available), gib(total)),
         data: json!({"total_bytes": total, "available_bytes": available}),
     }
-}
-
-fn graphics() -> Check {
-    let driver = Path::new("/proc/driver/nvidia/version").exists();
-    let says = if driver {
-        "an NVIDIA driver is here, but this build has no CUDA device support: training on the CPU"
-    } else {
-        "no CUDA device: training on the CPU"
-    };
-    Check { name: "graphics", verdict: "note", says: says.to_owned(), data: json!({"nvidia_driver": driver}) }
 }
 
 /// Writes a file, or finds the nearest folder in which this one could be made.

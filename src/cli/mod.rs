@@ -10,6 +10,7 @@ mod doctor;
 mod logs;
 mod plan;
 mod predict;
+mod profile;
 mod resume;
 mod run;
 mod session_console;
@@ -138,6 +139,7 @@ enum Command {
     Dataset(dataset::Args),
     /// Layers, products and exact bytes of a model, before anything is allocated
     Plan(plan::Args),
+    Profile(profile::Args),
     Doctor(doctor::Args),
     /// Measure speed on this machine
     Bench(bench::Args),
@@ -157,6 +159,7 @@ fn dispatch(command: Command) -> Result<ExitCode, CliError> {
         Command::Resume(args) => resume::run(args),
         Command::Dataset(args) => dataset::run(args).map_err(CliError::from),
         Command::Plan(args) => plan::run(args),
+        Command::Profile(args) => profile::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),
     }

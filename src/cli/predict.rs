@@ -17,6 +17,8 @@ use super::CliError;
 use crate::data::draw::{BoxStyle, DrawBox, draw_boxes};
 use crate::data::{DataError, Image, decode, list};
 use crate::detect::nms::{Detection, NmsArgs};
+use crate::train::args::{Amp, Device};
+use crate::train::device;
 use crate::train::error::{FailureClass, TrainError};
 use crate::train::files;
 use crate::train::predictor::Predictor;
@@ -65,6 +67,9 @@ pub struct Args {
     /// Write no drawn images
     #[arg(long)]
     no_draw: bool,
+    /// cpu, cuda or cuda:N; the best device there is when not given
+    #[arg(long, value_name = "DEVICE", default_value = "", hide_default_value = true)]
+    device: Device,
     /// Threads that compute [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
@@ -185,7 +190,8 @@ pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictErro
         ..NmsArgs::prediction()
     };
     let imgsz = args.imgsz.map(|side| side as usize);
-    let mut predictor = Predictor::open(&args.weights, imgsz, nms, args.threads)?;
+    let compute = device::open(args.device, Amp::On, args.threads)?;
+    let mut predictor = Predictor::open(&args.weights, imgsz, nms, &compute)?;
     let names = predictor.names().to_vec();
     if let Some(&class) = args.classes.iter().flatten().find(|c| **c >= names.len()) {
         return Err(PredictError::NoClass { class, last: names.len().saturating_sub(1) });

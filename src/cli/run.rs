@@ -50,16 +50,8 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         config.state_dir.display(),
         config.machine_id
     );
-    tracing::info!(
-        "no CUDA device support in this build: jobs train on the CPU, {} at a time",
-        config.cpu_slots
-    );
-    if config.max_gpu_percent < 100 {
-        tracing::warn!(
-            "max_gpu_percent (MAX_GPU) is {}: there is no GPU memory to cap",
-            config.max_gpu_percent
-        );
-    }
+    // This process never talks to a GPU: a driver that fails takes a trainer with it, not the service.
+    tracing::info!("trains {} jobs at a time; `boxwright doctor` says on what", config.cpu_slots);
     let service = Service::new(config, console)
         .map_err(|error| CliError::failed_from("the service cannot start", error))?;
     match service.run(args.once).map_err(|error| CliError::failed_from("the service ended", error))? {

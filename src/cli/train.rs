@@ -8,7 +8,7 @@ use serde_json::json;
 use super::session_console::Console;
 use super::{CliError, EXIT_STOPPED, signals};
 use crate::job::spec::{JobSpec, SpecContext};
-use crate::train::args::{Source, TrainArgs};
+use crate::train::args::{Device, Source, TrainArgs};
 use crate::train::error::{FailureClass, TrainError};
 use crate::train::event::OutcomeKind;
 use crate::train::run_folder::RunFolder;
@@ -31,6 +31,9 @@ pub struct Args {
     /// Go on with this run folder, or with the newest one of the job
     #[arg(long, value_name = "RUN_DIR", num_args = 0..=1)]
     resume: Option<Option<PathBuf>>,
+    /// cpu, cuda or cuda:N, in place of the job's `device`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
     /// End with one line of JSON on standard output
     #[arg(long)]
     json: bool,
@@ -45,7 +48,7 @@ pub struct Args {
 /// A job that cannot be read or trained.
 pub fn run(args: Args) -> Result<ExitCode, CliError> {
     let (train_args, run_dir, task_id) = match &args.resume {
-        Some(Some(folder)) => resumed_args(folder, &args.items)?,
+        Some(Some(folder)) => resumed_args(folder, &args)?,
         _ => fresh_args(&args)?,
     };
     signals::watch();
@@ -103,11 +106,11 @@ fn report(args: &Args, run_dir: &Path, outcome: &Outcome) {
     }
 }
 
-/// `key=value` items as a tree; a value is read as YAML.
-fn overrides(items: &[String]) -> Result<(Option<&String>, Node), CliError> {
+/// `key=value` items as a tree, with the flags that stand for keys; a value is read as YAML.
+fn overrides(args: &Args) -> Result<(Option<&String>, Node), CliError> {
     let mut file = None;
     let mut tree = Node::from_json(&json!({}));
-    for item in items {
+    for item in &args.items {
         let Some((key, value)) = item.split_once('=') else {
             if file.replace(item).is_some() {
                 return Err(CliError::usage(format!("{item:?} is a second job file; allowed: one")));
@@ -124,12 +127,15 @@ fn overrides(items: &[String]) -> Result<(Option<&String>, Node), CliError> {
         };
         tree.set_path(&path, value);
     }
+    if let Some(device) = args.device {
+        tree.set_path("train.device", Node::from_json(&device.into()));
+    }
     Ok((file, tree))
 }
 
 /// Arguments of a run that starts, and its folder.
 fn fresh_args(args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
-    let (file, mut top) = overrides(&args.items)?;
+    let (file, mut top) = overrides(args)?;
     let working_dir = std::env::current_dir().map_err(|e| CliError::failed_from("no working folder", e))?;
     let mut context = SpecContext {
         base: None,
@@ -197,9 +203,9 @@ fn run_folder_of(path: &Path) -> Result<PathBuf, CliError> {
 }
 
 /// Arguments of a run that goes on, from its folder.
-fn resumed_args(folder: &Path, items: &[String]) -> Result<(TrainArgs, PathBuf, String), CliError> {
+fn resumed_args(folder: &Path, args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
     let folder = run_folder_of(folder)?;
-    let (file, top) = overrides(items)?;
+    let (file, top) = overrides(args)?;
     if let Some(file) = file {
         return Err(CliError::usage(format!(
             "{file:?}: a run that is resumed has its arguments in its folder"

@@ -101,6 +101,7 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
     let mut pipe = Pipe { orders: Arc::clone(&orders) };
     let session = SessionSpec {
         resume: spec.resume,
+        gpu_share_max: spec.gpu_share_max,
         ..SessionSpec::new(spec.args.clone(), &spec.run_dir, &spec.task_id)
     };
     // A fault of the program ends this job with a result that says so.

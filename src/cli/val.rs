@@ -8,6 +8,7 @@ use serde_json::json;
 use super::session_console::{metrics_table, speed_line};
 use super::train::cli_error;
 use super::{CliError, EXIT_STOPPED, signals};
+use crate::train::args::Device;
 use crate::train::session::{ValidateFileArgs, validate_file};
 
 /// Validate a trained detector
@@ -51,6 +52,9 @@ pub struct Args {
     /// Compute threads; all cores when not given
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// cpu, cuda or cuda:N; the best device there is when not given
+    #[arg(long, value_name = "DEVICE", default_value = "", hide_default_value = true)]
+    device: Device,
     /// Print one line of JSON
     #[arg(long)]
     json: bool,
@@ -81,6 +85,7 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
             json: args.save_json.clone(),
             workers: args.workers,
             threads: args.threads,
+            device: args.device,
         },
         &mut signals::asked_to_end,
     )

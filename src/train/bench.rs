@@ -4,13 +4,13 @@
 use std::time::Instant;
 
 use super::error::TrainError;
-use super::session::{Network, initialise};
+use super::session::{Compute, Network, initialise};
 use crate::data::Batch;
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::models::Detector;
 use crate::detect::targets::Target;
 use crate::engine::device::cpu::Profile;
-use crate::engine::optim::{Algorithm, Ema, Hyper, Optimizer, clip_grad_norm, groups};
+use crate::engine::optim::{Algorithm, Ema, Hyper, Optimizer, groups};
 use crate::engine::rng::{Rng, Use};
 
 /// What to time.
@@ -30,8 +30,6 @@ pub struct StepBench {
     pub warmup: usize,
     /// Timed steps.
     pub steps: usize,
-    /// Threads, 0 for all cores.
-    pub threads: usize,
 }
 
 /// What was measured.
@@ -49,56 +47,84 @@ pub struct StepTimes {
     pub loss_seconds: f64,
     /// See `loss_seconds`.
     pub optimiser_seconds: f64,
+    /// Bytes of GPU memory held; 0 on the CPU.
+    pub device_bytes: usize,
+}
+
+/// A network with optimiser and average, ready to step.
+pub struct StepTrainer {
+    /// The network.
+    pub network: Network,
+    optimizer: Optimizer,
+    ema: Ema,
+}
+
+impl StepTrainer {
+    /// One whole training step; seconds of the update alone.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn step(&mut self, batch: &Batch) -> Result<f64, TrainError> {
+        self.network.train(batch)?;
+        let update = Instant::now();
+        self.network.update(&mut self.optimizer, &mut self.ema, 10.0)?;
+        Ok(update.elapsed().as_secs_f64())
+    }
 }
 
 impl StepBench {
+    /// The network with fresh weights, SGD and an average.
+    ///
+    /// # Errors
+    /// An unknown model, a wrong size, memory refused.
+    pub fn trainer(&self, compute: &Compute) -> Result<StepTrainer, TrainError> {
+        let mut network = Network::new(&self.model, self.nc, LossConfig::new(self.nc), compute)?;
+        let detector = Detector::build(&self.model, self.nc, self.imgsz, self.imgsz)
+            .map_err(|e| TrainError::Config { key: "imgsz".into(), message: e.to_string() })?;
+        initialise(&mut network.params, &detector, 0);
+        let tensors = network.params.tensors();
+        let groups = groups::build(Algorithm::Sgd, &tensors, 0.01, 0.937, 5e-4, |_| false);
+        let len = network.params.values.len();
+        let optimizer = Optimizer::new(Algorithm::Sgd, Hyper::default(), tensors, groups, len);
+        let ema = Ema::new(&network.params.values, &network.params.buffers, 0.9999, 2000.0);
+        network.push(&optimizer, &ema)?;
+        Ok(StepTrainer { network, optimizer, ema })
+    }
+
     /// Runs the steps.
     ///
     /// # Errors
     /// An unknown model, a wrong size, memory refused.
-    pub fn run(&self) -> Result<StepTimes, TrainError> {
-        let mut network = Network::new(&self.model, self.nc, LossConfig::new(self.nc), self.threads)?;
-        let detector = Detector::build(&self.model, self.nc, self.imgsz, self.imgsz)
-            .map_err(|e| TrainError::Config { key: "imgsz".into(), message: e.to_string() })?;
-        initialise(&mut network.params, &detector, 0);
+    pub fn run(&self, compute: &Compute) -> Result<StepTimes, TrainError> {
+        let mut trainer = self.trainer(compute)?;
         let batch = self.random_batch();
-        let tensors = network.params.tensors();
-        let groups = groups::build(Algorithm::Sgd, &tensors, 0.01, 0.937, 5e-4, |_| false);
-        let len = network.params.values.len();
-        let mut optimizer = Optimizer::new(Algorithm::Sgd, Hyper::default(), tensors, groups, len);
-        let mut ema = Ema::new(&network.params.values, &network.params.buffers, 0.9999, 2000.0);
         let mut times = StepTimes {
             seconds: Vec::with_capacity(self.steps),
-            threads: network.threads(),
-            macs: detector.graph.macs(),
+            threads: trainer.network.threads(),
+            macs: trainer.network.macs(self.imgsz, self.imgsz)?,
             profile: Profile::default(),
             loss_seconds: 0.0,
             optimiser_seconds: 0.0,
+            device_bytes: 0,
         };
         for step in 0..self.warmup + self.steps {
             if step == self.warmup {
-                network.take_profile();
+                trainer.network.take_profile();
                 times.optimiser_seconds = 0.0;
             }
             let start = Instant::now();
-            network.train(&batch)?;
-            let update = Instant::now();
-            network.with_params(|params| {
-                clip_grad_norm(&mut params.grads, 10.0);
-                optimizer.step(&mut params.values, &params.grads);
-                params.clear_grads();
-                ema.update(&params.values, &params.buffers);
-            });
-            times.optimiser_seconds += update.elapsed().as_secs_f64();
+            times.optimiser_seconds += trainer.step(&batch)?;
             if step >= self.warmup {
                 times.seconds.push(start.elapsed().as_secs_f64());
             }
         }
-        (times.profile, times.loss_seconds) = network.take_profile();
+        (times.profile, times.loss_seconds) = trainer.network.take_profile();
+        times.device_bytes = trainer.network.device_bytes();
         Ok(times)
     }
 
-    fn random_batch(&self) -> Batch {
+    /// Random images and boxes.
+    pub fn random_batch(&self) -> Batch {
         let mut rng = Rng::new(0, Use::Test, 0, 0);
         let mut targets = Vec::with_capacity(self.batch * self.boxes);
         for image in 0..self.batch as u32 {

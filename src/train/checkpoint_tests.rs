@@ -8,6 +8,7 @@ fn sample(iteration: u64) -> Checkpoint {
         progress: Progress {
             fingerprint: "abc".into(),
             resolved: Resolved {
+                passes: 1,
                 model: "yolov8n".into(),
                 batch: 4,
                 asked_batch: 4,
@@ -31,6 +32,7 @@ fn sample(iteration: u64) -> Checkpoint {
             rows: vec!["1,2.5,3".into()],
             elapsed_s: 12.75,
             rollbacks: 0,
+            loss_scale: None,
         },
         values: numbers(40, 0.3),
         buffers: numbers(9, 0.7),

@@ -27,6 +27,13 @@ pub struct ChildSpec {
     pub resume: bool,
     /// Where the result goes, usually `result.json` in the run folder.
     pub result_path: PathBuf,
+    /// Share of a GPU's memory that the job may take, above 0 up to 1.
+    #[serde(default = "whole")]
+    pub gpu_share_max: f64,
+}
+
+fn whole() -> f64 {
+    1.0
 }
 
 /// How a session ended, for a supervisor that may not have heard it. Written whole or not at all.

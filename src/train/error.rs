@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::child::ExitCode;
+use crate::engine::device::cuda::DeviceError;
 
 /// The class of a failure: what a supervisor decides retries by and what a user reads first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +166,15 @@ pub enum TrainError {
         #[source]
         source: crate::engine::error::EngineError,
     },
+    /// A GPU failed or cannot be used.
+    #[error("the GPU failed while it was asked to {action}")]
+    Device {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: DeviceError,
+    },
     /// A fault of the program.
     #[error("internal fault: {message}")]
     Internal {
@@ -184,6 +194,12 @@ impl TrainError {
             TrainError::Data { .. } => FailureClass::Data,
             TrainError::Memory { .. } => FailureClass::Memory,
             TrainError::Engine { source: EngineError::OutOfMemory { .. }, .. } => FailureClass::Memory,
+            TrainError::Device { source, .. } => match source {
+                DeviceError::OutOfMemory { .. } => FailureClass::Memory,
+                // Another attempt on the same machine finds no other one.
+                DeviceError::Unavailable { .. } => FailureClass::Config,
+                _ => FailureClass::Device,
+            },
             TrainError::Diverged { .. } => FailureClass::Diverged,
             TrainError::Storage { .. } => FailureClass::Storage,
             TrainError::Engine { .. } | TrainError::Internal { .. } => FailureClass::Internal,

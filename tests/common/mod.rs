@@ -4,7 +4,9 @@
 #![allow(dead_code)]
 
 pub mod compare;
+pub mod emulator;
 pub mod golden;
+pub mod tiny;
 pub mod tolerances;
 
 #[allow(unused_imports)]

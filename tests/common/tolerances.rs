@@ -68,3 +68,11 @@ pub const GRADIENT_NORM: Tolerance = tolerance(1e-5, 1e-6);
 pub const OPTIMISER_MUSGD: Tolerance = tolerance(3e-4, 0.0);
 /// Schedules are f64 formulas.
 pub const SCHEDULE: Tolerance = tolerance(1e-9, 1e-9);
+
+// Sixteen-bit storage on a GPU, against the f32 reference.
+/// Loss items: activations rounded to 8 bits of mantissa at each of about sixty layers.
+pub const HALF_LOSS: Tolerance = tolerance(0.0, 3e-2);
+/// Head outputs, relative L2: rounding of every layer adds up.
+pub const HALF_OUTPUT_REL_L2: f64 = 5e-2;
+/// All gradients as one vector, relative L2: rounding forward and backward, and boxes whose assignment flips.
+pub const HALF_GRADIENT_REL_L2: f64 = 0.3;

@@ -94,8 +94,8 @@ fn bad_files_are_refused_with_every_reason_and_the_service_lives() {
         ("shell", job("'x; touch pwned'", "steps=1").into_bytes(), "key `task_id`: got \"x; touch pwned\""),
         (
             "device",
-            good.replace("data:", "device: 0, data:").into_bytes(),
-            "no CUDA device support in this build",
+            good.replace("data:", "device: [0, 1], data:").into_bytes(),
+            "training on several GPUs is not supported",
         ),
         ("model", good.replace("yolov8n", "yolo99z").into_bytes(), "this build has no table for it"),
         ("list", b"- 1\n- 2\n".to_vec(), "a mapping"),

@@ -2,6 +2,7 @@
 
 use super::none;
 use super::source::{Source, blank, files, item_end, program, read, root, shown};
+use boxwright::engine::device::cuda::sources::{HEADERS, SOURCES};
 
 const FILE_LINES_MAX: usize = 600;
 const FUNCTION_LINES_MAX: usize = 120;
@@ -100,37 +101,141 @@ fn every_unsafe_block_argues_its_safety() {
 #[test]
 fn every_operation_has_all_its_pieces() {
     let mut breaches = Vec::new();
-    let folder = root().join("src/engine/ops");
-    let mut operations = Vec::new();
-    for entry in std::fs::read_dir(&folder).expect("src/engine/ops is readable") {
-        let entry = entry.expect("src/engine/ops is readable");
-        if entry.file_type().expect("src/engine/ops is readable").is_dir() {
-            operations.push(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
+    let operations = operations();
+    let kernels = kernel_stems();
     for name in &operations {
-        let has = |piece: &str| folder.join(name).join(piece).exists();
-        let required = [("mod.rs", has("mod.rs")), ("cpu.rs", has("cpu.rs") || has("cpu/mod.rs"))];
-        let tests = ("tests.rs", has("tests.rs") || has("tests/mod.rs"));
-        for (piece, present) in required.into_iter().chain([tests]) {
-            if !present {
-                breaches.push(format!("src/engine/ops/{name}: {piece} is missing"));
+        let folder = root().join("src/engine/ops").join(name);
+        let has = |piece: &str| folder.join(piece).exists();
+        let has_module = |piece: &str| has(&format!("{piece}.rs")) || has(&format!("{piece}/mod.rs"));
+        for piece in ["cpu", "tests"] {
+            if !has_module(piece) {
+                breaches.push(format!("src/engine/ops/{name}: {piece}.rs is missing"));
             }
         }
-        let kernel = root().join(format!("kernels/{name}.cu")).exists();
-        if kernel != has("cuda.rs") {
-            let (there, missing) = if kernel {
-                (format!("kernels/{name}.cu"), format!("src/engine/ops/{name}/cuda.rs"))
-            } else {
-                (format!("src/engine/ops/{name}/cuda.rs"), format!("kernels/{name}.cu"))
-            };
-            breaches.push(format!("{there} is there, {missing} is missing"));
+        if !has("mod.rs") {
+            breaches.push(format!("src/engine/ops/{name}: mod.rs is missing"));
+        }
+        let kernel = kernels.iter().find(|stem| operation_of(&operations, stem) == Some(name.as_str()));
+        match (kernel, has_module("cuda")) {
+            (Some(stem), false) => {
+                breaches
+                    .push(format!("kernels/{stem}.cu is there, src/engine/ops/{name}/cuda.rs is missing"));
+            }
+            (None, true) => {
+                breaches
+                    .push(format!("src/engine/ops/{name}/cuda.rs is there, kernels/{name}.cu is missing"));
+            }
+            _ => {}
         }
     }
-    for kernel in files("kernels", &[".cu"]) {
-        let stem = kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        if !operations.contains(&stem) {
-            breaches.push(format!("{}: no operation src/engine/ops/{stem}", shown(&kernel)));
+    none(breaches);
+}
+
+/// Folders of `src/engine/ops`.
+fn operations() -> Vec<String> {
+    let entries = std::fs::read_dir(root().join("src/engine/ops")).expect("src/engine/ops is readable");
+    let entries = entries.map(|entry| entry.expect("src/engine/ops is readable"));
+    let folders = entries.filter(|entry| entry.file_type().expect("src/engine/ops is readable").is_dir());
+    folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Names of the kernel files without ending.
+fn kernel_stems() -> Vec<String> {
+    let stem = |path: &std::path::PathBuf| path.file_stem().map(|s| s.to_string_lossy().into_owned());
+    files("kernels", &[".cu"]).iter().filter_map(stem).collect()
+}
+
+/// The operation of `<op>.cu` or `<op>_<variant>.cu`: the longest that fits.
+fn operation_of<'a>(operations: &'a [String], stem: &str) -> Option<&'a str> {
+    let fits =
+        |op: &&String| stem.strip_prefix(op.as_str()).is_some_and(|r| r.is_empty() || r.starts_with('_'));
+    operations.iter().filter(fits).max_by_key(|op| op.len()).map(String::as_str)
+}
+
+/// Kernel files that belong to no operation of the graph, and the Rust file or folder that drives each.
+const DRIVERS: &[(&str, &str)] = &[
+    ("cast", "src/engine/device/cuda"),
+    ("detection_loss", "src/detect/losses/detection_cuda"),
+    ("task_aligned", "src/detect/losses/detection_cuda"),
+];
+
+#[test]
+fn every_kernel_file_is_driven_by_rust() {
+    let mut breaches = Vec::new();
+    let operations = operations();
+    let stems = kernel_stems();
+    for stem in &stems {
+        let driver = DRIVERS.iter().find(|(kernel, _)| kernel == stem);
+        if driver.is_none() && operation_of(&operations, stem).is_none() {
+            breaches.push(format!(
+                "kernels/{stem}.cu: neither an operation src/engine/ops/{stem} nor in the list of drivers"
+            ));
+        }
+    }
+    for (stem, driver) in DRIVERS {
+        let (kernel, host) = (stems.iter().any(|s| s == stem), root().join(driver).exists());
+        if kernel != host {
+            let missing = if kernel { (*driver).to_owned() } else { format!("kernels/{stem}.cu") };
+            breaches.push(format!("kernels/{stem}.cu is driven by {driver}: {missing} is missing"));
+        }
+    }
+    none(breaches);
+}
+
+#[test]
+fn the_program_carries_every_kernel_file() {
+    let mut breaches = Vec::new();
+    let named = |carried: Vec<(String, &str)>, ending: &str| -> Vec<String> {
+        let mut breaches = Vec::new();
+        let there = files("kernels", &[ending]);
+        let name = |p: &std::path::PathBuf| p.file_name().map(|n| n.to_string_lossy().into_owned());
+        let names: Vec<String> = there.iter().filter_map(name).collect();
+        for (path, name) in there.iter().zip(&names) {
+            match carried.iter().find(|(carried, _)| carried == name) {
+                None => breaches.push(format!("{}: not in sources.rs", shown(path))),
+                Some((_, text)) if *text != read(path) => {
+                    breaches.push(format!("{}: sources.rs carries another file under its name", shown(path)));
+                }
+                Some(_) => {}
+            }
+        }
+        let gone = carried.iter().filter(|(carried, _)| !names.contains(carried));
+        breaches.extend(gone.map(|(carried, _)| format!("sources.rs: no kernels/{carried}")));
+        if carried.len() > names.len() {
+            breaches.push(format!("sources.rs names a {ending} file twice"));
+        }
+        breaches
+    };
+    let sources = SOURCES.iter().map(|s| (format!("{}.cu", s.stem), s.text)).collect();
+    breaches.extend(named(sources, ".cu"));
+    let headers = HEADERS.iter().map(|(name, text)| ((*name).to_owned(), *text)).collect();
+    breaches.extend(named(headers, ".cuh"));
+    none(breaches);
+}
+
+#[test]
+fn kernel_files_say_what_they_do_and_leave_assembly_to_one_header() {
+    let mut breaches = Vec::new();
+    for path in files("kernels", &[".cu", ".cuh"]) {
+        let text = read(&path);
+        if !text.starts_with("// ") {
+            breaches.push(format!("{}: it does not begin with a comment", shown(&path)));
+        }
+        let is_kernel = path.extension().is_some_and(|e| e == "cu");
+        let header = text.lines().take_while(|line| line.starts_with("//"));
+        let header = header.collect::<Vec<_>>().join(" ").to_lowercase();
+        if is_kernel && !(header.contains("byte") || header.contains("flop")) {
+            breaches.push(format!("{}: its comment states neither bytes nor FLOPs", shown(&path)));
+        }
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with("ptx") && !is_kernel {
+            continue;
+        }
+        for (index, line) in blank(&text).lines().enumerate() {
+            let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+            if words.any(|word| ["asm", "__asm__", "__asm"].contains(&word)) {
+                breaches.push(format!("{}:{}: assembly outside ptx*.cuh", shown(&path), index + 1));
+            }
         }
     }
     none(breaches);

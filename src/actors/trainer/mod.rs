@@ -27,6 +27,8 @@ pub struct TrainerConfig {
     pub state_dir: PathBuf,
     /// Compute threads of a child; `None` leaves them to it.
     pub threads: Option<usize>,
+    /// Share of a GPU's memory that a child may take, above 0 up to 1.
+    pub gpu_share_max: f64,
     /// Silence after which a child is taken as stuck.
     pub stall_timeout_ms: u64,
 }

@@ -43,7 +43,8 @@ pub(super) async fn run(
     let spec_path = child_spec_path(&config.state_dir, &record.task_id);
     let prepared = {
         let (record, spec_path) = (record.clone(), spec_path.clone());
-        tokio::task::spawn_blocking(move || prepare(&record, &spec_path)).await
+        let gpu_share_max = config.gpu_share_max;
+        tokio::task::spawn_blocking(move || prepare(&record, &spec_path, gpu_share_max)).await
     };
     match prepared {
         Ok(Ok(())) => {}
@@ -84,7 +85,7 @@ pub(super) async fn run(
 }
 
 /// Makes the run folder and writes what the child reads.
-fn prepare(record: &JobRecord, spec_path: &Path) -> Result<(), String> {
+fn prepare(record: &JobRecord, spec_path: &Path, gpu_share_max: f64) -> Result<(), String> {
     let run_dir = &record.run_dir;
     std::fs::create_dir_all(run_dir)
         .map_err(|error| format!("cannot make the run folder {}: {error}", run_dir.display()))?;
@@ -97,6 +98,7 @@ fn prepare(record: &JobRecord, spec_path: &Path) -> Result<(), String> {
         args: record.spec.args.clone(),
         resume: true,
         result_path: result_path(run_dir),
+        gpu_share_max: record.spec.gpu_share_max.map_or(gpu_share_max, |share| share.min(gpu_share_max)),
     };
     let text = serde_json::to_vec(&spec).map_err(|error| error.to_string())?;
     if let Some(folder) = spec_path.parent() {

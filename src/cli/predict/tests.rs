@@ -3,6 +3,7 @@
 use super::*;
 use crate::detect::models::Detector;
 use crate::engine::params::ParamSet;
+use crate::train::session::Compute;
 use crate::train::weights_file::{Metadata, write};
 use clap::Parser;
 
@@ -76,14 +77,16 @@ fn a_weights_file_that_says_nothing_about_itself_is_recognised_by_its_arrays() {
     arrays.metadata.clear();
     let silent = folder.path().join("best.safetensors");
     crate::detect::weights::safetensors::write_file(&silent, &arrays).expect("written");
-    let mut predictor = Predictor::open(&silent, Some(64), NmsArgs::prediction(), 1).expect("recognised");
+    let mut predictor =
+        Predictor::open(&silent, Some(64), NmsArgs::prediction(), &Compute::Cpu { threads: 1 })
+            .expect("recognised");
     assert_eq!(predictor.names(), ["class_0", "class_1"]);
     let image = Image::filled(40, 80, [9, 9, 9]);
     let found = predictor.predict(&image).expect("predicted");
     assert!(!found.is_empty() && found.iter().all(|d| d.class == 1 && d.xyxy[2] <= 80.0));
     arrays.tensors.remove("model.5.conv.weight");
     crate::detect::weights::safetensors::write_file(&silent, &arrays).expect("written");
-    assert!(Predictor::open(&silent, None, NmsArgs::prediction(), 1).is_err());
+    assert!(Predictor::open(&silent, None, NmsArgs::prediction(), &Compute::Cpu { threads: 1 }).is_err());
 }
 
 #[test]

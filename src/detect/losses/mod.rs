@@ -3,6 +3,7 @@
 pub mod bce;
 pub mod cross_entropy;
 pub mod detection;
+pub mod detection_cuda;
 pub mod detr;
 pub mod dfl;
 pub mod focal;

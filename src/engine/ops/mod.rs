@@ -9,7 +9,10 @@
 pub mod batch_norm_act;
 pub mod border;
 pub mod conv2d;
+#[cfg(test)]
+pub(crate) mod cuda_testing;
 pub mod image_input;
+pub(crate) mod lanes;
 pub mod max_pool2d;
 pub mod upsample_nearest;
 

@@ -33,9 +33,15 @@ impl Ema {
     /// Moves the average towards the model.
     pub fn update(&mut self, values: &[f32], buffers: &[f32]) {
         self.updates += 1;
-        let d = self.decay * (1.0 - (-(self.updates as f64) / self.tau).exp());
-        blend(&mut self.values, values, d as f32, (1.0 - d) as f32);
-        blend(&mut self.buffers, buffers, d as f32, (1.0 - d) as f32);
+        let (keep, take) = self.shares(self.updates);
+        blend(&mut self.values, values, keep, take);
+        blend(&mut self.buffers, buffers, keep, take);
+    }
+
+    /// What update `update` (counted from 1) keeps of the average and takes of the model.
+    pub(super) fn shares(&self, update: u64) -> (f32, f32) {
+        let d = self.decay * (1.0 - (-(update as f64) / self.tau).exp());
+        (d as f32, (1.0 - d) as f32)
     }
 }
 

@@ -6,9 +6,13 @@
 //! result has the same bits whatever the number of threads. Start reading at [`Optimizer::step`].
 
 mod clip;
+mod cuda;
+#[cfg(test)]
+mod cuda_tests;
 mod ema;
 pub mod groups;
 mod muon;
+mod muon_cuda;
 mod rules;
 #[cfg(test)]
 mod tests;
@@ -16,6 +20,7 @@ mod tests;
 use std::ops::Range;
 
 pub use clip::{clip_grad_norm, squared_norm};
+pub use cuda::{DeviceOptimizer, LossScale, StepResult, StepTargets};
 pub use ema::Ema;
 pub use groups::{Group, GroupKind};
 pub use muon::newton_schulz;
@@ -278,7 +283,7 @@ impl Optimizer {
     pub fn step(&mut self, values: &mut [f32], grads: &[f32]) {
         assert_eq!(values.len(), grads.len());
         self.steps += 1;
-        let rules = rules::prepare(self);
+        let rules = rules::prepare(self, self.steps);
         if self.algorithm == Algorithm::MuSgd {
             self.muon_step(values, grads);
         }

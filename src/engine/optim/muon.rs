@@ -45,11 +45,16 @@ pub(super) fn step(p: &mut [f32], g: &[f32], m: &mut [f32], step: &Step, work: &
     }));
     let update = std::mem::take(&mut work.update);
     let x = orthogonalise(&update, step.rows, step.cols, work);
-    let scale = (step.lr * MUON_SCALE) as f32 * step.aspect.sqrt();
+    let scale = step_scale(step.lr) * step.aspect.sqrt();
     for (p, &x) in p.iter_mut().zip(x) {
         *p -= scale * x;
     }
     work.update = update;
+}
+
+/// What the orthogonalised update is multiplied with, but for the matrix's aspect.
+pub(super) fn step_scale(lr: f64) -> f32 {
+    (lr * MUON_SCALE) as f32
 }
 
 /// The semi-orthogonal matrix near `matrix` (row-major, `rows x cols`).

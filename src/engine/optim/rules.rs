@@ -18,7 +18,7 @@ pub(super) struct Chunk<'a> {
 
 /// One rule with its constants, for one group.
 #[derive(Clone, Copy)]
-enum Rule {
+pub(super) enum Rule {
     Sgd { lr: f32, momentum: f32, decay: f32, second_state: bool },
     Adam { step: f32, beta1: f32, beta2: f32, root2: f32, eps: f32, coupled: f32, decoupled: f32 },
     Adamax { step: f32, beta1: f32, beta2: f32, eps: f32, decay: f32 },
@@ -38,9 +38,16 @@ pub(super) struct Prepared {
     pub mu_product: Option<f64>,
 }
 
-/// Works out the constants of step `optimizer.steps` (counted from 1).
-pub(super) fn prepare(optimizer: &Optimizer) -> Prepared {
-    let t = optimizer.steps as f64;
+impl Prepared {
+    /// One for each group.
+    pub fn rules(&self) -> &[Rule] {
+        &self.rules
+    }
+}
+
+/// Works out the constants of step `step` (counted from 1).
+pub(super) fn prepare(optimizer: &Optimizer, step: u64) -> Prepared {
+    let t = step as f64;
     let h = optimizer.hyper;
     let correction1 = 1.0 - h.beta1.powf(t);
     let correction2 = 1.0 - h.beta2.powf(t);

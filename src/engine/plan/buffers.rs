@@ -3,9 +3,10 @@
 //! Time: forward node `i` of `N` runs at `i`, the loss at `N`, backward node `i` at `2 * N - i`.
 
 use super::arena::Request;
-use super::{Mode, View};
+use super::target::ConvLayout;
+use super::{Mode, Target, View};
 use crate::engine::graph::{ConvNode, Graph, InputKind, Node, Value};
-use crate::engine::ops::{batch_norm_act, conv2d, max_pool2d};
+use crate::engine::ops::max_pool2d;
 
 /// Buffers of one convolution, as indices into the requests.
 #[derive(Clone, Debug, Default)]
@@ -19,7 +20,9 @@ pub(crate) struct ConvBuffers {
     pub partials: Option<usize>,
     /// Gradient of the raw output, with a border.
     pub dy: Option<usize>,
-    /// Packed weights, partial sums and weight-gradient scratch of the backward pass.
+    /// Scratch of the forward pass.
+    pub workspace_forward: Option<usize>,
+    /// Packed weights, partial sums and scratch of the backward pass.
     pub packed_backward: Option<usize>,
     pub partials_backward: Option<usize>,
     pub workspace: Option<usize>,
@@ -41,12 +44,18 @@ pub(crate) struct Buffers {
     /// By node.
     pub conv: Vec<ConvBuffers>,
     pub pool_indices: Vec<Option<usize>>,
+    /// Bytes of a number of each activation, channels from pixel to pixel of each gradient.
+    pub activation_bytes: Vec<usize>,
+    gradient_pitch: Vec<usize>,
+    /// True for the values that convolutions read as image bytes; they have no activation.
+    pub image: Vec<bool>,
+    target: Target,
     shapes: Vec<[usize; 3]>,
 }
 
 impl Buffers {
     /// Collects the demands of a graph.
-    pub fn demand(graph: &Graph, batch: usize, mode: Mode, frozen: &[bool]) -> Buffers {
+    pub fn demand(graph: &Graph, batch: usize, mode: Mode, frozen: &[bool], target: &Target) -> Buffers {
         let nodes = graph.nodes.len();
         let mut buffers = Buffers {
             requests: Vec::new(),
@@ -58,6 +67,12 @@ impl Buffers {
             needs_grad: needs_grad(graph, mode, frozen),
             conv: vec![ConvBuffers::default(); nodes],
             pool_indices: vec![None; nodes],
+            activation_bytes: (0..graph.shapes.len()).map(|v| target.activation_bytes(graph, v)).collect(),
+            gradient_pitch: (0..graph.shapes.len())
+                .map(|v| target.gradient_pitch(graph, v, graph.shapes[v][2]))
+                .collect(),
+            image: target.image_values(graph),
+            target: target.clone(),
             shapes: graph.shapes.clone(),
         };
         for node in &graph.nodes {
@@ -128,10 +143,14 @@ impl Buffers {
                 continue;
             }
             let [h, w, c] = self.shapes[v];
-            let len = View::storage_len(self.batch, h, w, c, self.pad[v]);
-            self.activation[v] = Some(self.request(len, forward[v].0, forward[v].1));
+            if !self.image[v] {
+                let numbers = View::storage_len(self.batch, h, w, c, self.pad[v]);
+                let len = words(numbers, self.activation_bytes[v]);
+                self.activation[v] = Some(self.request(len, forward[v].0, forward[v].1));
+            }
             if self.needs_grad[v] && backward[v].0 <= backward[v].1 {
-                let len = View::storage_len(self.batch, h, w, c, 0);
+                let numbers = View::storage_len(self.batch, h, w, self.gradient_pitch[v], 0);
+                let len = words(numbers, self.target.bytes());
                 self.gradient[v] = Some(self.request(len, backward[v].0, backward[v].1));
             }
         }
@@ -146,50 +165,90 @@ impl Buffers {
         mode: Mode,
         frozen: &[bool],
     ) {
-        let (n, p, again) = (self.batch, c.params, 2 * nodes - i);
+        let (n, again) = (self.batch, 2 * nodes - i);
         let [h, w, c_out] = graph.shapes[c.out.0];
-        let mut b = ConvBuffers { packed: self.request(p.packed_forward_len(), i, i), ..Default::default() };
+        let sizes = self.target.conv_words(&self.conv_layout(graph, c, mode));
+        let mut b = ConvBuffers { packed: self.request(sizes.packed, i, i), ..Default::default() };
         let train = mode == Mode::Train;
+        b.workspace_forward = (sizes.workspace > 0).then(|| self.request(sizes.workspace, i, i));
         if let Some(norm) = c.norm {
             let keep = if train { again } else { i };
             b.stats = Some(self.request(3 * c_out, i, keep));
             if train {
-                b.y = Some(self.request(View::storage_len(n, h, w, c_out, 0), i, again));
+                let len = words(View::storage_len(n, h, w, c_out, 0), self.target.bytes());
+                b.y = Some(self.request(len, i, again));
                 if !frozen[norm.weight] {
-                    let len = 2 * conv2d::cpu::stats_partials_len(&p, n, h, w);
-                    b.partials = Some(self.request(len, i, i));
+                    b.partials = Some(self.request(sizes.partials, i, i));
                 }
             }
         }
         if train && self.needs_grad[c.out.0] {
             if c.norm.is_some() {
-                let pad = p.gradient_border();
-                b.dy = Some(self.request(View::storage_len(n, h, w, c_out, pad), again, again));
-                let len = 2 * batch_norm_act::cpu::partials_len(n, h, w, c_out);
-                b.partials_backward = Some(self.request(len, again, again));
+                let pad = c.params.gradient_border();
+                let len = words(View::storage_len(n, h, w, c_out, pad), self.target.bytes());
+                b.dy = Some(self.request(len, again, again));
             }
-            b.packed_backward = Some(self.request(p.packed_backward_len(), again, again));
-            b.workspace = Some(self.request(p.backward_weight_workspace_len(n, h, w), again, again));
+            if sizes.partials_backward > 0 {
+                b.partials_backward = Some(self.request(sizes.partials_backward, again, again));
+            }
+            b.packed_backward = Some(self.request(sizes.packed_backward, again, again));
+            b.workspace = Some(self.request(sizes.workspace_backward, again, again));
         }
         self.conv[i] = b;
     }
 
-    /// The view of a value's activation.
+    /// What a convolution's scratch depends on.
+    fn conv_layout(&self, graph: &Graph, c: &ConvNode, mode: Mode) -> ConvLayout {
+        let view = |v: Value, pad: Option<usize>, pitch: Option<usize>| {
+            let (root, from) = self.home[v.0];
+            let [h, w, all] = self.shapes[root.0];
+            let pad = pad.unwrap_or(self.pad[root.0]);
+            let from = if self.image[root.0] { 0 } else { from };
+            View::new(0, self.batch, h, w, pitch.unwrap_or(all), pad).slice(from, self.shapes[v.0][2])
+        };
+        let [h, w, channels] = graph.shapes[c.out.0];
+        let dense = |pad| View::new(0, self.batch, h, w, channels, pad);
+        let is_raw = c.norm.is_some() && mode == Mode::Train;
+        let is_image = self.image[self.home[c.x.0].0.0];
+        let root = |v: Value| self.home[v.0].0.0;
+        ConvLayout {
+            params: c.params,
+            x: view(c.x, is_image.then_some(0), None),
+            out: if is_raw { dense(0) } else { view(c.out, None, None) },
+            dy: match c.norm {
+                Some(_) => dense(c.params.gradient_border()),
+                None => view(c.out, Some(0), Some(self.gradient_pitch[root(c.out)])),
+            },
+            dx: view(c.x, Some(0), Some(self.gradient_pitch[root(c.x)])),
+            is_image,
+            has_norm: c.norm.is_some(),
+        }
+    }
+
+    /// The view of a value's activation. An image has none: the view is that of the input bytes.
     pub fn view(&self, v: Value) -> View {
-        self.view_in(v, &self.activation, self.pad[self.home[v.0].0.0])
+        let root = self.home[v.0].0;
+        let [h, w, c] = self.shapes[root.0];
+        if self.image[root.0] {
+            return View::new(0, self.batch, h, w, c, 0);
+        }
+        let request = self.activation[root.0].expect("a root value has a buffer");
+        let start = self.requests[request].start * 4 / self.activation_bytes[root.0];
+        View::new(start, self.batch, h, w, c, self.pad[root.0]).slice(self.home[v.0].1, self.shapes[v.0][2])
+    }
+
+    /// A view of a request that holds numbers of the storage type.
+    pub fn stored(&self, request: usize, [n, h, w, c]: [usize; 4], pad: usize) -> View {
+        View::new(self.requests[request].start * 4 / self.target.bytes(), n, h, w, c, pad)
     }
 
     /// The view of a value's gradient.
     pub fn grad_view(&self, v: Value) -> Option<View> {
-        self.gradient[self.home[v.0].0.0]?;
-        Some(self.view_in(v, &self.gradient, 0))
-    }
-
-    fn view_in(&self, v: Value, requests: &[Option<usize>], pad: usize) -> View {
         let (root, from) = self.home[v.0];
-        let [h, w, c] = self.shapes[root.0];
-        let request = requests[root.0].expect("a root value has a buffer");
-        View::new(self.requests[request].start, self.batch, h, w, c, pad).slice(from, self.shapes[v.0][2])
+        let request = self.gradient[root.0]?;
+        let [h, w, _] = self.shapes[root.0];
+        let view = self.stored(request, [self.batch, h, w, self.gradient_pitch[root.0]], 0);
+        Some(view.slice(from, self.shapes[v.0][2]))
     }
 
     /// Kind, shape and gradient of the network's input.
@@ -199,6 +258,11 @@ impl Buffers {
             _ => unreachable!("the first node of a graph is its input"),
         }
     }
+}
+
+/// 4-byte words that hold so many numbers of `bytes` bytes.
+fn words(numbers: usize, bytes: usize) -> usize {
+    (numbers * bytes).div_ceil(4)
 }
 
 /// Where each value lives: its root and its first channel there. Parts of a concat live in the concat.

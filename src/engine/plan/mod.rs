@@ -12,12 +12,17 @@
 
 mod arena;
 mod buffers;
+mod cost;
 mod steps;
+mod target;
 
 use super::graph::{Graph, InputKind, Value};
 use super::params::ParamSet;
 use super::tensor::View;
+pub use cost::{Cost, StepCost};
 pub(crate) use steps::{ConvBackwardStep, ConvStep, PoolStep, Step};
+pub use target::Target;
+pub(crate) use target::stats_words;
 
 /// What a plan is for. An argument, never guessed from the surroundings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,18 +33,21 @@ pub enum Mode {
     Eval,
 }
 
-/// A run of floats in the arena.
+/// A run of 4-byte words in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
     pub start: usize,
     pub len: usize,
 }
 
-/// An output of the network and, when training, its gradient. Both are dense.
+/// An output of the network and, when training, its gradient. Both are dense on the CPU; on a GPU the pixels of
+/// the gradient lie at a multiple of eight numbers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OutputPlan {
     pub view: View,
     pub grad: Option<View>,
+    /// Bytes of a number of the output.
+    pub bytes: usize,
 }
 
 /// Bytes that a plan needs, exact.
@@ -72,6 +80,7 @@ pub struct Plan {
     pub(crate) backward: Vec<Step>,
     pub(crate) outputs: Vec<OutputPlan>,
     pub(crate) values: Vec<View>,
+    pub(crate) target: Target,
     pub(crate) arena_floats: usize,
     unshared_floats: usize,
 }
@@ -79,18 +88,23 @@ pub struct Plan {
 impl Plan {
     /// A plan in which every parameter is trained.
     pub fn new(graph: &Graph, batch: usize, mode: Mode) -> Plan {
-        Plan::build(graph, batch, mode, &vec![false; graph.params.len()])
+        Plan::build(graph, batch, mode, &vec![false; graph.params.len()], &Target::Cpu)
     }
 
     /// A plan that leaves out what the frozen parameters of `params` make needless.
     pub fn with_params(graph: &Graph, params: &ParamSet, batch: usize, mode: Mode) -> Plan {
-        let frozen: Vec<bool> = params.infos.iter().map(|p| p.frozen).collect();
-        Plan::build(graph, batch, mode, &frozen)
+        Plan::for_target(graph, params, batch, mode, &Target::Cpu)
     }
 
-    fn build(graph: &Graph, batch: usize, mode: Mode, frozen: &[bool]) -> Plan {
+    /// As [`Plan::with_params`], for a device and precision.
+    pub fn for_target(graph: &Graph, params: &ParamSet, batch: usize, mode: Mode, target: &Target) -> Plan {
+        let frozen: Vec<bool> = params.infos.iter().map(|p| p.frozen).collect();
+        Plan::build(graph, batch, mode, &frozen, target)
+    }
+
+    fn build(graph: &Graph, batch: usize, mode: Mode, frozen: &[bool], target: &Target) -> Plan {
         assert!(batch > 0, "a plan for an empty batch");
-        let mut buffers = buffers::Buffers::demand(graph, batch, mode, frozen);
+        let mut buffers = buffers::Buffers::demand(graph, batch, mode, frozen, target);
         let arena_floats = arena::place(&mut buffers.requests);
         let unshared_floats = buffers.requests.iter().map(|r| r.len).sum();
         steps::emit(graph, &buffers, mode, frozen, |forward, backward, outputs, values| {
@@ -105,6 +119,7 @@ impl Plan {
                 backward,
                 outputs,
                 values,
+                target: target.clone(),
                 arena_floats,
                 unshared_floats,
             }
@@ -135,6 +150,11 @@ impl Plan {
     /// Number of outputs.
     pub fn output_count(&self) -> usize {
         self.outputs.len()
+    }
+
+    /// The device and precision it is for.
+    pub fn target(&self) -> &Target {
+        &self.target
     }
 
     /// Where a value of the graph lies.

@@ -18,6 +18,10 @@ pub(crate) struct ConvStep {
     pub stats: Option<Span>,
     /// `None` with a frozen normalisation: running statistics are used.
     pub partials: Option<Span>,
+    /// Scratch, where the device needs some.
+    pub workspace: Option<Span>,
+    /// `x` is the image's bytes.
+    pub reads_image: bool,
 }
 
 /// Backward step of a convolution.
@@ -38,6 +42,8 @@ pub(crate) struct ConvBackwardStep {
     pub partials: Option<Span>,
     pub frozen_weight: bool,
     pub frozen_norm: bool,
+    /// `x` is the image's bytes.
+    pub reads_image: bool,
 }
 
 /// Forward or backward step of a max-pool.
@@ -142,8 +148,11 @@ pub(crate) fn emit(
             emit_backward(b, i, node, frozen, &mut written, &mut backward);
         }
     }
-    let outputs =
-        graph.outputs.iter().map(|&v| OutputPlan { view: b.view(v), grad: b.grad_view(v) }).collect();
+    let outputs = graph
+        .outputs
+        .iter()
+        .map(|&v| OutputPlan { view: b.view(v), grad: b.grad_view(v), bytes: b.activation_bytes[v.0] })
+        .collect();
     let values = (0..graph.shapes.len()).map(|v| b.view(Value(v))).collect();
     finish(forward, backward, outputs, values)
 }
@@ -154,6 +163,8 @@ fn span(b: &Buffers, request: usize) -> Span {
 
 fn emit_forward(b: &Buffers, i: usize, node: &Node, steps: &mut Vec<Step>) {
     let out = match node {
+        // Convolutions read the bytes themselves.
+        Node::Input { out, .. } if b.image[out.0] => return,
         Node::Input { out, .. } => {
             steps.push(Step::Input { dst: b.view(*out) });
             *out
@@ -164,12 +175,14 @@ fn emit_forward(b: &Buffers, i: usize, node: &Node, steps: &mut Vec<Step>) {
             steps.push(Step::Conv(ConvStep {
                 node: i,
                 x: b.view(c.x),
-                y: buffers.y.map(|r| View::new(b.requests[r].start, z.n, z.h, z.w, z.c, 0)),
+                y: buffers.y.map(|r| b.stored(r, [z.n, z.h, z.w, z.c], 0)),
                 z,
                 residual: c.residual.map(|r| b.view(r)),
                 packed: span(b, buffers.packed),
                 stats: buffers.stats.map(|r| span(b, r)),
                 partials: buffers.partials.map(|r| span(b, r)),
+                workspace: buffers.workspace_forward.map(|r| span(b, r)),
+                reads_image: b.image[b.home[c.x.0].0.0],
             }));
             c.out
         }
@@ -261,9 +274,9 @@ fn emit_conv_backward(
     steps.push(Step::ConvBackward(ConvBackwardStep {
         node: i,
         x: b.view(c.x),
-        y: buffers.y.map(|r| View::new(b.requests[r].start, dz.n, dz.h, dz.w, dz.c, 0)),
+        y: buffers.y.map(|r| b.stored(r, [dz.n, dz.h, dz.w, dz.c], 0)),
         dz,
-        dy: buffers.dy.map(|r| View::new(b.requests[r].start, dz.n, dz.h, dz.w, dz.c, pad)),
+        dy: buffers.dy.map(|r| b.stored(r, [dz.n, dz.h, dz.w, dz.c], pad)),
         dx,
         residual_grad,
         packed: span(b, buffers.packed_backward.expect("made for every backward step")),
@@ -272,5 +285,6 @@ fn emit_conv_backward(
         partials: buffers.partials_backward.map(|r| span(b, r)),
         frozen_weight: frozen[c.weight],
         frozen_norm: c.norm.is_some_and(|n| frozen[n.weight]),
+        reads_image: b.image[b.home[c.x.0].0.0],
     }));
 }

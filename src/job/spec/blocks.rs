@@ -2,6 +2,7 @@
 
 use super::{Loader, Priority};
 use crate::job::ids::{NAME_ALLOWED, is_safe_name};
+use crate::train::args::Device;
 use crate::yaml::{MapReader, Node};
 
 /// Top-level keys that are kept with the job and never acted on.
@@ -59,6 +60,15 @@ pub(super) struct Sweeper {
     pub(super) version: Option<i64>,
     pub(super) priority: Priority,
     pub(super) fitness: String,
+}
+
+/// What `extras` says.
+#[derive(Default)]
+pub(super) struct Extras {
+    /// In place of `train.device`.
+    pub(super) device: Option<Device>,
+    /// Share of a GPU's memory that the job may take.
+    pub(super) gpu_share_max: Option<f64>,
 }
 
 impl Loader<'_> {
@@ -157,40 +167,66 @@ impl Loader<'_> {
         (level, format)
     }
 
-    pub(super) fn extras(&mut self, node: Option<&Node>) {
-        let Some(node) = node else { return };
-        let Some(mut reader) = MapReader::new(node, "extras", &mut self.faults) else { return };
-        let mut force_cpu = false;
-        if let Some(node) = reader.set("force_cpu") {
-            force_cpu = self.faults.boolean(node, "extras.force_cpu").unwrap_or(false);
+    /// `extras`: another way to say where the job computes; `train.device` is the `device` given.
+    pub(super) fn extras(&mut self, node: Option<&Node>, device: Option<Device>) -> Extras {
+        let mut extras = Extras::default();
+        let Some(node) = node else { return extras };
+        let Some(mut reader) = MapReader::new(node, "extras", &mut self.faults) else { return extras };
+        let mut flag = |key: &str| {
+            let node = reader.set(key)?;
+            self.faults.boolean(node, &format!("extras.{key}"))
+        };
+        let (force_cpu, force_gpu) = (flag("force_cpu"), flag("force_gpu"));
+        let mut id = None;
+        if let Some(node) = reader.set("gpu")
+            && let Some(mut gpu) = MapReader::new(node, "extras.gpu", &mut self.faults)
+        {
+            id = gpu.set("id").and_then(|node| self.faults.int(node, "extras.gpu.id", 0, 1023));
+            if let Some(node) = gpu.set("limit") {
+                extras.gpu_share_max = self.gpu_limit(node);
+            }
+            gpu.finish(&mut self.faults);
+        }
+        reader.finish(&mut self.faults);
+        let is_free = matches!(device, None | Some(Device::Default));
+        if force_cpu.is_some() {
             self.understand("extras.force_cpu");
         }
-        if let Some(node) = reader.set("force_gpu") {
-            match self.faults.boolean(node, "extras.force_gpu") {
-                Some(true) if force_cpu => self.ignore("extras.force_gpu", "`extras.force_cpu` wins"),
-                Some(true) => {
-                    let message = "got true; not supported: no CUDA device support in this build";
-                    self.refuse(node.line, "extras.force_gpu", message);
-                }
-                _ => self.understand("extras.force_gpu"),
+        if force_cpu == Some(true) {
+            extras.device = Some(Device::Cpu);
+            if device.is_some_and(|device| matches!(device, Device::Cuda(_))) {
+                self.override_("train.device", "`extras.force_cpu` wins");
             }
         }
-        if let Some(gpu) = reader.set("gpu") {
-            self.gpu(gpu);
+        let wants_gpu = force_gpu == Some(true) && force_cpu != Some(true);
+        match force_gpu {
+            Some(true) if force_cpu == Some(true) => {
+                self.ignore("extras.force_gpu", "`extras.force_cpu` wins");
+            }
+            Some(true) if device == Some(Device::Cpu) => {
+                self.ignore("extras.force_gpu", "`train.device` says cpu");
+            }
+            Some(_) => self.understand("extras.force_gpu"),
+            None => {}
         }
-        reader.finish(&mut self.faults);
+        if wants_gpu && is_free {
+            extras.device = Some(Device::Cuda(id.map_or(0, |id| id as usize)));
+        }
+        if id.is_some() {
+            if wants_gpu && is_free {
+                self.understand("extras.gpu.id");
+            } else {
+                let reason =
+                    "it chooses the GPU of `extras.force_gpu`; `train.device: cuda:N` names one by itself";
+                self.ignore("extras.gpu.id", reason);
+            }
+        }
+        extras
     }
 
-    fn gpu(&mut self, node: &Node) {
-        let Some(mut reader) = MapReader::new(node, "extras.gpu", &mut self.faults) else { return };
-        if let Some(node) = reader.set("id") {
-            self.faults.int(node, "extras.gpu.id", 0, 1023);
-            self.ignore("extras.gpu.id", "there is no GPU in this build; the job trains on the CPU");
-        }
-        if let Some(node) = reader.set("limit") {
-            self.faults.float(node, "extras.gpu.limit", 0.0, 1.0);
-            self.ignore("extras.gpu.limit", "there is no GPU memory to cap in this build");
-        }
-        reader.finish(&mut self.faults);
+    fn gpu_limit(&mut self, node: &Node) -> Option<f64> {
+        let share = self.faults.float(node, "extras.gpu.limit", 0.01, 1.0)?;
+        self.understand("extras.gpu.limit");
+        Some(share)
     }
 }

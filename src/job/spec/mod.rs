@@ -78,6 +78,9 @@ pub struct JobSpec {
     pub log_level: Option<String>,
     /// Format of the job's log, when the job sets it.
     pub log_format: Option<String>,
+    /// Share of a GPU's memory that the job may take, when the job sets it.
+    #[serde(default)]
+    pub gpu_share_max: Option<f64>,
     /// Bookkeeping of the submitter, kept with the job and shown, never acted on.
     pub bookkeeping: serde_json::Map<String, serde_json::Value>,
     /// Keys that were given and do what they say.
@@ -219,7 +222,7 @@ impl<'a> Loader<'a> {
         let tempfile = self.tempfile(&mut reader);
         let train =
             reader.required("train", "the training arguments (`train.data` at least)", &mut self.faults);
-        let args = train.and_then(|train| self.train(train, model.as_deref()));
+        let mut args = train.and_then(|train| self.train(train, model.as_deref()));
         let sweeper = self.sweeper(reader.set("sweeper"));
         let trial_number = match reader.set("trial_number") {
             Some(node) => self.faults.int(node, "trial_number", 0, 1_000_000).map(|number| {
@@ -246,7 +249,7 @@ impl<'a> Loader<'a> {
         let strict = flag(self, &mut reader, "strict").unwrap_or(false) || self.context.strict;
         let (retries_max, retry_delay_ms) = self.default_block(reader.set("default"));
         let (log_level, log_format) = self.logging(reader.set("logging"));
-        self.extras(reader.set("extras"));
+        let extras = self.extras(reader.set("extras"), args.as_ref().map(|args| args.device));
         self.bookkeeping(&mut reader);
         self.ignored_blocks(&mut reader);
         reader.finish(&mut self.faults);
@@ -255,6 +258,9 @@ impl<'a> Loader<'a> {
                 let message = format!("has no effect ({}), which `strict` does not allow", note.reason);
                 self.faults.add(0, &note.key, message);
             }
+        }
+        if let (Some(args), Some(device)) = (&mut args, extras.device) {
+            args.device = device;
         }
         let effective = masked(&root.to_json());
         Some(JobSpec {
@@ -272,6 +278,7 @@ impl<'a> Loader<'a> {
             retry_delay_ms,
             log_level,
             log_format,
+            gpu_share_max: extras.gpu_share_max,
             bookkeeping: std::mem::take(&mut self.bookkeeping),
             understood: std::mem::take(&mut self.understood),
             ignored: std::mem::take(&mut self.ignored),

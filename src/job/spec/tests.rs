@@ -74,9 +74,11 @@ fn the_corpus_means_what_it_says() {
     assert_eq!(job.args.batch, crate::train::args::Batch::Auto);
     assert_eq!((job.args.lr0, job.args.weight_decay), (1e-4, 5e-4));
     let ignored: Vec<&str> = job.ignored.iter().map(|note| note.key.as_str()).collect();
-    for key in ["sweeper.search_space", "mlflow", "minio", "extras.gpu.limit", "genetic", "train.amp"] {
+    for key in ["sweeper.search_space", "mlflow", "minio", "extras.gpu.id", "genetic"] {
         assert!(ignored.contains(&key), "{key} is not in {ignored:?}");
     }
+    assert!(["extras.gpu.limit", "train.amp"].iter().all(|key| job.understood.iter().any(|u| u == key)));
+    assert_eq!(job.gpu_share_max, Some(0.95));
     let job = corpus("library_example.yaml").runnable().expect("can run");
     assert_eq!(
         job.run_dir(),
@@ -167,4 +169,30 @@ fn secrets_are_masked() {
             "pass": null
         })
     );
+}
+
+#[test]
+fn extras_say_where_the_job_computes() {
+    use crate::train::args::Device;
+    let load = |train: &str, extras: &str| {
+        let text =
+            format!("model: yolov8n\ntype: yolo\ntrain: {{data: d.yaml{train}}}\nextras: {{{extras}}}\n");
+        load(&text).expect("valid").spec
+    };
+    let device = |train: &str, extras: &str| load(train, extras).args.device;
+    assert_eq!(device("", "force_cpu: false"), Device::Default);
+    assert_eq!(device("", "force_cpu: true"), Device::Cpu);
+    assert_eq!(device("", "force_cpu: true, force_gpu: true"), Device::Cpu);
+    assert_eq!(device(", device: 1", "force_cpu: true"), Device::Cpu);
+    assert_eq!(device("", "force_gpu: true"), Device::Cuda(0));
+    assert_eq!(device("", "force_gpu: true, gpu: {id: 2}"), Device::Cuda(2));
+    assert_eq!(device("", "gpu: {id: 2}"), Device::Default);
+    assert_eq!(device(", device: cuda:1", "force_gpu: true, gpu: {id: 2}"), Device::Cuda(1));
+    assert_eq!(device(", device: cpu", "force_gpu: true"), Device::Cpu);
+    let noted = |spec: &JobSpec, key: &str| spec.ignored.iter().chain(&spec.overridden).any(|n| n.key == key);
+    assert!(noted(&load(", device: cpu", "force_gpu: true"), "extras.force_gpu"));
+    assert!(noted(&load(", device: 1", "force_cpu: true"), "train.device"));
+    assert!(noted(&load("", "gpu: {id: 2}"), "extras.gpu.id"));
+    assert!(!noted(&load("", "force_gpu: true, gpu: {id: 2}"), "extras.gpu.id"));
+    assert_eq!(load("", "gpu: {limit: 0.5}").gpu_share_max, Some(0.5));
 }

@@ -1,6 +1,7 @@
 //! The table of training keys: one row drives reading, validation, hints and the documentation.
 
-use super::values::{Amp, Batch, Cache, Classes, Device, Fraction, Freeze, Scale, Source};
+use super::device::{Amp, Device};
+use super::values::{Batch, Cache, Classes, Fraction, Freeze, Scale, Source};
 
 /// What becomes of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,11 +109,12 @@ pub const KEYS: &[KeyInfo] = &[
     key("time", "null", Form::Float(1e-6, 100_000.0), YES, "budget in hours; overrides epochs"),
     key("patience", "100", Form::Int(0, 1_000_000), YES, "epochs without a better fitness before stopping; 0 never stops"),
     key("batch", "16", Form::Special(special::<Batch>), YES, "images per step; -1 or a share of the free memory: automatic"),
+    key("batch_policy", "refuse", Form::Choice(&["refuse", "accumulate"]), YES, "when a batch does not fit: refuse it, or accumulate smaller ones"),
     key("imgsz", "640", Form::Int(1, 8192), YES, "side of the training square in pixels, rounded up to a multiple of 32"),
     key("save", "true", Form::Bool, YES, "write checkpoints"),
     key("save_period", "-1", Form::Int(-1, 1_000_000), YES, "from 1: also keep the weights of every so many epochs"),
     key("cache", "false", Form::Special(special::<Cache>), YES, "keep decoded images: false, true or ram, disk"),
-    key("device", "null", Form::Special(special::<Device>), YES, "cpu, or nothing"),
+    key("device", "null", Form::Special(special::<Device>), YES, "cpu, cuda, cuda:N or N; the best device there is when not given"),
     key("workers", "8", Form::Int(0, 256), YES, "loader threads"),
     key("project", "null", Form::Text, YES, "folder of the run; a service job has its own"),
     key("name", "null", Form::Text, YES, "name of the run folder; a service job has its own"),
@@ -128,7 +130,7 @@ pub const KEYS: &[KeyInfo] = &[
     key("cos_lr", "false", Form::Bool, YES, "cosine learning rate instead of linear"),
     key("close_mosaic", "10", Form::Int(0, 1_000_000), YES, "last epochs without mosaic, mixup, cutmix, copy-paste; 0 never"),
     key("resume", "false", Form::Special(special::<Source>), YES, "continue from the run's last checkpoint, or from this one"),
-    key("amp", "true", Form::Special(special::<Amp>), KeyKind::AcceptedNoEffect("the CPU computes in single precision, as the reference does there"), "mixed precision"),
+    key("amp", "true", Form::Special(special::<Amp>), YES, "mixed precision where the device has it: true, false, fp16, bf16 or fp32; the CPU computes in single precision"),
     key("fraction", "1.0", Form::Special(special::<Fraction>), YES, "share or count of the images used; a list is train, val, test"),
     key("profile", "false", Form::Bool, KeyKind::Refused("it times exported formats, which this build does not have"), "time exported formats"),
     key("freeze", "null", Form::Special(special::<Freeze>), YES, "first rows, or a list of row indices and name parts, that do not learn"),

@@ -4,6 +4,7 @@
 //! ignored in silence. The table is [`KEYS`]; the values that are more than a number are in this module too. Start
 //! reading at [`TrainArgs::read`].
 
+mod device;
 mod keys;
 #[cfg(test)]
 mod tests;
@@ -14,9 +15,10 @@ use serde_json::{Map, Value as Json};
 
 use crate::yaml::{Fault, Faults, MapReader, Node};
 
+pub use device::{Amp, Device, ResolvedDevice};
 pub use keys::{Form, KEYS, KeyInfo, KeyKind, RENAMED, key_info, keys_markdown};
 pub use values::{
-    Amp, Batch, Cache, Classes, Device, Fraction, Freeze, OptimizerChoice, Scale, Share, Source,
+    Batch, BatchPolicy, Cache, Classes, Fraction, Freeze, OptimizerChoice, Scale, Share, Source,
 };
 
 /// Model names that this build trains.
@@ -36,6 +38,8 @@ pub struct TrainArgs {
     pub time: Option<f64>,
     pub patience: u32,
     pub batch: Batch,
+    #[serde(default)]
+    pub batch_policy: BatchPolicy,
     /// Pixels.
     pub imgsz: u32,
     pub save: bool,
@@ -266,12 +270,6 @@ fn refused_value(name: &str, value: &Json) -> Option<String> {
         }
         ("mode", Json::String(mode)) if mode != "train" => {
             Some("a job trains; the other modes have their own commands".to_owned())
-        }
-        ("device", Json::String(device)) if device != "cpu" => {
-            Some("no CUDA device support in this build; leave `device` out or write cpu".to_owned())
-        }
-        ("amp", Json::String(precision)) if precision != "fp32" => {
-            Some("the CPU computes in single precision; leave `amp` out or write false".to_owned())
         }
         ("nms", Json::Bool(false)) => Some("YOLOv8 has no head that needs no suppression".to_owned()),
         _ => None,

@@ -60,6 +60,17 @@ impl From<Batch> for Json {
     }
 }
 
+/// `batch_policy`: what becomes of a batch that does not fit the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BatchPolicy {
+    /// The job fails and names the largest batch that fits.
+    #[default]
+    Refuse,
+    /// The batch is cut into equal parts that fit; their gradients are summed before each step.
+    Accumulate,
+}
+
 /// `scale`: range of the random scaling.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Json", into = "Json")]
@@ -175,50 +186,6 @@ impl From<Source> for Json {
             Source::Off => json!(false),
             Source::On => json!(true),
             Source::Path(path) => json!(path),
-        }
-    }
-}
-
-/// `amp`: precision of the step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Json", into = "Json")]
-pub enum Amp {
-    /// `false`: single precision.
-    Off,
-    /// `true`: mixed precision where the device has it.
-    On,
-    /// Half precision with loss scaling.
-    Fp16,
-    /// Brain float.
-    Bf16,
-    /// Single precision.
-    Fp32,
-}
-
-impl TryFrom<Json> for Amp {
-    type Error = String;
-
-    fn try_from(json: Json) -> Result<Self, String> {
-        let node = Node::from_json(&json);
-        match (node.as_bool(), node.as_str().map(str::to_ascii_lowercase).as_deref()) {
-            (Some(false), _) => Ok(Self::Off),
-            (Some(true), _) => Ok(Self::On),
-            (_, Some("fp16")) => Ok(Self::Fp16),
-            (_, Some("bf16")) => Ok(Self::Bf16),
-            (_, Some("fp32")) => Ok(Self::Fp32),
-            _ => Err("true, false, fp16, bf16 or fp32".to_owned()),
-        }
-    }
-}
-
-impl From<Amp> for Json {
-    fn from(amp: Amp) -> Json {
-        match amp {
-            Amp::Off => json!(false),
-            Amp::On => json!(true),
-            Amp::Fp16 => json!("fp16"),
-            Amp::Bf16 => json!("bf16"),
-            Amp::Fp32 => json!("fp32"),
         }
     }
 }
@@ -387,49 +354,6 @@ impl TryFrom<Json> for Classes {
 impl From<Classes> for Json {
     fn from(classes: Classes) -> Json {
         classes.0.map_or(Json::Null, |ids| json!(ids))
-    }
-}
-
-/// `device`: where the job is meant to run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Json", into = "Json")]
-pub enum Device {
-    /// Not said: the best device that this program can use.
-    Any,
-    /// The CPU.
-    Cpu,
-    /// Another device, as written.
-    Other(String),
-}
-
-impl TryFrom<Json> for Device {
-    type Error = String;
-
-    fn try_from(json: Json) -> Result<Self, String> {
-        let text = match &json {
-            Json::Null => return Ok(Self::Any),
-            Json::Array(items) => {
-                let items: Vec<String> =
-                    items.iter().filter_map(|item| Node::from_json(item).as_text()).collect();
-                items.join(",")
-            }
-            single => Node::from_json(single).as_text().unwrap_or_default(),
-        };
-        match text.trim().to_ascii_lowercase().as_str() {
-            "" | "none" => Ok(Self::Any),
-            "cpu" => Ok(Self::Cpu),
-            _ => Ok(Self::Other(text)),
-        }
-    }
-}
-
-impl From<Device> for Json {
-    fn from(device: Device) -> Json {
-        match device {
-            Device::Any => Json::Null,
-            Device::Cpu => json!("cpu"),
-            Device::Other(text) => json!(text),
-        }
     }
 }
 

@@ -7,7 +7,6 @@ use serde_json::Value;
 use super::{Flow, Run, metric_map};
 use crate::data::{Batch, DataError, resize_batch};
 use crate::detect::losses::detection::LossItems;
-use crate::engine::optim::clip_grad_norm;
 use crate::engine::rng::{Rng, Use};
 use crate::train::early_stop::fitness;
 use crate::train::error::TrainError;
@@ -110,9 +109,12 @@ impl Run<'_, '_> {
         self.add_losses(items);
         let accumulate = self.schedule.accumulate_at(iteration) as i64;
         if iteration as i64 - self.progress.last_step >= accumulate {
-            let norm = self.step();
-            if !norm.is_finite() {
-                return Ok(Some(self.diverged("the gradient norm", norm, batch)));
+            match self.step()? {
+                Some(norm) if !norm.is_finite() => {
+                    return Ok(Some(self.diverged("the gradient norm", norm, batch)));
+                }
+                // An overflow of half precision passes by with a smaller loss scale.
+                _ => {}
             }
             self.progress.last_step = iteration as i64;
             self.progress.step += 1;
@@ -123,18 +125,9 @@ impl Run<'_, '_> {
 
     /// Clips, moves the parameters and their average, clears the gradients; returns the gradient norm.
     /// A norm that is not finite moves nothing.
-    fn step(&mut self) -> f64 {
+    fn step(&mut self) -> Result<Option<f64>, TrainError> {
         let Run { network, optimizer, ema, .. } = self;
-        network.with_params(|params| {
-            optimizer.zero_frozen(&mut params.grads);
-            let norm = clip_grad_norm(&mut params.grads, GRADIENT_NORM_MAX);
-            if norm.is_finite() {
-                optimizer.step(&mut params.values, &params.grads);
-                ema.update(&params.values, &params.buffers);
-            }
-            params.clear_grads();
-            norm
-        })
+        network.update(optimizer, ema, GRADIENT_NORM_MAX)
     }
 
     fn add_losses(&mut self, items: LossItems) {
@@ -246,9 +239,9 @@ impl Run<'_, '_> {
 
     /// Validates the averaged model; its fitness, or `None` when told to stop.
     fn validate_average(&mut self) -> Result<Option<f64>, TrainError> {
-        self.swap_average();
+        self.network.swap_average(&mut self.ema)?;
         let outcome = self.validate_network(false);
-        self.swap_average();
+        self.network.swap_average(&mut self.ema)?;
         let Some(validation) = outcome? else { return Ok(None) };
         let metrics = &validation.metrics;
         let fitness = fitness(metrics.map50_95);
@@ -257,12 +250,6 @@ impl Run<'_, '_> {
         self.progress.val_losses = validation.losses.map(round5);
         self.report_validation(&validation, self.progress.epoch + 1, false);
         Ok(Some(fitness))
-    }
-
-    /// Exchanges the live parameters and running statistics with their average.
-    pub(super) fn swap_average(&mut self) {
-        std::mem::swap(&mut self.network.params.values, &mut self.ema.values);
-        std::mem::swap(&mut self.network.params.buffers, &mut self.ema.buffers);
     }
 
     /// The row of `results.csv` of the epoch in hand.
@@ -290,6 +277,7 @@ impl Run<'_, '_> {
         self.progress.rollbacks = rollbacks;
         self.network.params.values.copy_from_slice(&self.ema.values);
         self.network.params.buffers.copy_from_slice(&self.ema.buffers);
+        self.network.push(&self.optimizer, &self.ema)?;
         self.save()
     }
 

@@ -13,8 +13,9 @@ impl Run<'_, '_> {
         let best = self.reporter.folder.weights("best");
         if best.is_file() {
             weights_file::read(&best, &mut self.network.params)?;
+            self.network.push_params()?;
         } else {
-            self.swap_average();
+            self.network.swap_average(&mut self.ema)?;
         }
         let Some(validation) = self.validate_network(true)? else { return self.stopped_at_the_end() };
         self.report_validation(&validation, self.progress.epoch, self.args.verbose);

@@ -1,12 +1,12 @@
 //! A training session from start to end. Read [`Session::run`], then `prepare` (everything before the
 //! first batch), `epoch` (the loop), `validate`, `finish`.
 
-mod auto_batch;
 mod choices;
 mod epoch;
 mod feeding;
 mod finish;
 mod initial;
+mod memory;
 mod network;
 mod pictures;
 mod prepare;
@@ -31,9 +31,8 @@ use crate::data::{Dataset, Split, TrainLoader, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
-pub use auto_batch::available_bytes;
 pub use initial::{Branch, freeze, head_branch, initialise};
-pub use network::{Network, RawOutput, Spare};
+pub use network::{Compute, Network, RawOutput, Spare, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
 pub use validate_file::{ValidateFileArgs, validate_file};
@@ -55,6 +54,8 @@ pub struct SessionSpec {
     pub checkpoint_interval_s: u64,
     /// Checkpoints kept, at least two.
     pub checkpoints_kept: usize,
+    /// Share of a GPU's memory that the session may take, above 0 up to 1.
+    pub gpu_share_max: f64,
 }
 
 impl SessionSpec {
@@ -68,6 +69,7 @@ impl SessionSpec {
             threads: 0,
             checkpoint_interval_s: 60,
             checkpoints_kept: 2,
+            gpu_share_max: 1.0,
         }
     }
 }

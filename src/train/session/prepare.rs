@@ -10,13 +10,17 @@ use super::feeding::{
     STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, train_loader, validation_args,
     validation_split,
 };
+use super::memory::Demand;
 use super::network::{Network, Spare, build};
 use super::reporter::Reporter;
 use super::{Run, SessionSpec, initial, pretrained, save};
 use crate::data::{Split, SplitName};
+use crate::detect::losses::detection::LossConfig;
 use crate::engine::optim::Ema;
 use crate::train::args::Source;
+use crate::train::autobatch::largest_side;
 use crate::train::checkpoint::{self, Checkpoint, Store};
+use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::SessionEvent;
 use crate::train::schedule::Schedule;
@@ -27,6 +31,7 @@ pub(super) fn prepare<'r, 'o>(
     reporter: &'r mut Reporter<'o>,
 ) -> Result<Run<'r, 'o>, TrainError> {
     let mut args = spec.args.clone();
+    let compute = device::open(args.device, args.amp, spec.threads)?;
     let store = Store::new(reporter.folder.state(), spec.checkpoints_kept);
     let found = find_checkpoint(spec, &store, reporter)?;
     let dataset = open_dataset(&args, reporter)?;
@@ -47,15 +52,27 @@ pub(super) fn prepare<'r, 'o>(
         reporter.warn(format!("imgsz {} is rounded up to {imgsz}, a multiple of {STRIDE_MAX}", args.imgsz));
     }
     let detector = build(&architecture, nc, imgsz, imgsz)?;
-    let mut network = Network::new(&architecture, nc, loss_config(&args, &train, nc), spec.threads)?;
+    let loss = LossConfig { reg_max: detector.reg_max, ..loss_config(&args, &train, nc) };
+    let mut network = Network::new(&architecture, nc, loss.clone(), &compute)?;
     initial::freeze(&mut network.params, &args.freeze, detector.head_row)?;
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
         None => {
             // Memory must do for the largest size that `multi_scale` may draw.
-            let largest = next_stride((imgsz as f64 * (1.0 + args.multi_scale)) as usize);
-            let largest = build(&architecture, nc, largest, largest)?;
-            resolve(&args, &largest, &network.params, train.len(), nc)?
+            let side = largest_side(imgsz, args.multi_scale, STRIDE_MAX);
+            let largest = build(&architecture, nc, side, side)?;
+            let demand = Demand {
+                args: &args,
+                compute: &compute,
+                network: &network,
+                largest: &largest,
+                loss: &loss,
+                imgsz,
+                images: train.len(),
+                boxes_max: train.boxes_per_image_max(),
+                gpu_share_max: spec.gpu_share_max,
+            };
+            resolve(&args, &largest, demand.choose()?, train.len(), nc)?
         }
     };
     check_batch(&args, &resolved, train.len(), reporter);
@@ -65,7 +82,8 @@ pub(super) fn prepare<'r, 'o>(
     let epochs = found
         .as_ref()
         .map_or(args.epochs, |(_, c)| if args.time.is_some() { c.progress.epochs } else { args.epochs });
-    let schedule = Schedule::new(schedule_spec(&args, &resolved, batches, epochs));
+    let schedule =
+        Schedule::new(schedule_spec(&args, &resolved, batches, epochs)).with_passes(resolved.passes);
     let has_momentum = optimizer.algorithm().has_momentum();
     schedule.apply(0, 0, &mut optimizer.groups, has_momentum);
     if let Some(start) = &start {
@@ -116,6 +134,7 @@ pub(super) fn prepare<'r, 'o>(
             run.picture_of_labels();
         }
     }
+    run.network.push(&run.optimizer, &run.ema)?;
     run.report_plan(resumed);
     Ok(run)
 }

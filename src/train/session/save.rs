@@ -18,8 +18,10 @@ impl Run<'_, '_> {
     /// Writes a checkpoint of where the run is.
     pub(super) fn save(&mut self) -> Result<(), TrainError> {
         let began = Instant::now();
+        self.network.fetch(&mut self.optimizer, &mut self.ema)?;
         self.progress.elapsed_s = self.elapsed_s();
         self.progress.ema_updates = self.ema.updates;
+        self.progress.loss_scale = self.network.loss_scale()?;
         // Between two steps the gradients are zero; within a window they are part of the state.
         let is_pending = self.iteration() as i64 - 1 != self.progress.last_step;
         let params = &self.network.params;
@@ -83,6 +85,9 @@ impl Run<'_, '_> {
         self.ema.buffers = checkpoint.ema_buffers;
         self.ema.updates = checkpoint.progress.ema_updates;
         self.progress = checkpoint.progress;
+        if let Some(scale) = self.progress.loss_scale {
+            self.network.set_loss_scale(scale)?;
+        }
         self.schedule = self.schedule.clone().with_epochs(self.progress.epochs.max(1));
         Ok(())
     }
@@ -94,6 +99,7 @@ impl Run<'_, '_> {
         if !(self.args.save || is_last) {
             return Ok(());
         }
+        self.network.fetch(&mut self.optimizer, &mut self.ema)?;
         self.write_weights("last")?;
         if is_best {
             self.write_weights("best")?;

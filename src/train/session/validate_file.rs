@@ -9,6 +9,8 @@ use crate::data::cache::CacheArgs;
 use crate::data::{Dataset, DatasetOptions, LoaderArgs, Split, SplitName, ValLoader};
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::nms::NmsArgs;
+use crate::train::args::{Amp, Device};
+use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::files;
 
@@ -44,6 +46,8 @@ pub struct ValidateFileArgs {
     pub workers: usize,
     /// Compute threads; 0 takes all cores.
     pub threads: usize,
+    /// The device.
+    pub device: Device,
 }
 
 /// Validates a weights file; `None` when told to stop. Also gives the class names.
@@ -54,13 +58,14 @@ pub fn validate_file(
     args: &ValidateFileArgs,
     should_stop: &mut dyn FnMut() -> bool,
 ) -> Result<Option<(Validation, Vec<String>)>, TrainError> {
+    let compute = device::open(args.device, Amp::On, args.threads)?;
     let model = load_model(&args.weights)?;
     let (split, names) = open_split(args, &model.names())?;
     let imgsz = args.imgsz.or(model.weights.imgsz).unwrap_or(IMGSZ_DEFAULT);
     let imgsz = feeding::next_stride(imgsz);
-    let mut network =
-        Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), args.threads)?;
+    let mut network = Network::new(&model.architecture, names.len(), LossConfig::new(names.len()), &compute)?;
     model.load_into(&args.weights, &mut network.params)?;
+    network.push_params()?;
     let data_error = |e| feeding::data_error(&args.data.to_string_lossy(), e);
     let loader = LoaderArgs {
         imgsz,

@@ -107,10 +107,12 @@ fn preload_nvrtc(folder: &Path) -> bool {
     let Ok(entries) = std::fs::read_dir(folder) else { return false };
     let mut names: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
     names.sort();
+    // Only versions follow the name: toolkits also have `.alt.` twins, and other files may lie beside.
     let find = |prefix: &str| {
         names.iter().rev().find(|p| {
             let name = p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            name.starts_with(prefix) && !name.contains(".alt.")
+            // Nothing but a version may follow: other files lie beside the libraries.
+            name.strip_prefix(prefix).is_some_and(|v| v.chars().all(|c| c.is_ascii_digit() || c == '.'))
         })
     };
     let Some(compiler) = find("libnvrtc.so.") else { return false };

@@ -5,10 +5,12 @@
 //! ([`compile`]) and kept on disk ([`cache`]). A machine without a GPU gets a sentence, not an error.
 
 pub mod cache;
+pub mod ceiling;
 mod chip;
 pub mod compile;
 mod context;
 mod error;
+pub mod executor;
 mod libraries;
 mod module;
 mod probe;
@@ -26,7 +28,7 @@ pub use error::DeviceError;
 pub use libraries::{driver_version, use_libraries};
 pub use module::{Kernel, Module};
 pub use probe::{Finding, Probe, probe};
-pub use stream::{CapturedGraph, Event, Launch, Stream};
+pub use stream::{CapturedGraph, Event, Launch, LaunchTime, Stream};
 pub use tensor::{FastDivisor, Tensor};
 
 pub use crate::engine::precision::Precision;

@@ -50,7 +50,19 @@ unsafe impl Sync for Stream {}
 
 /// Events around each launch, while a profile is taken.
 struct Timing {
-    events: Vec<(Arc<str>, Event, Event)>,
+    part: u32,
+    events: Vec<(u32, Arc<str>, Event, Event)>,
+}
+
+/// Time of one launch.
+#[derive(Clone, Debug)]
+pub struct LaunchTime {
+    /// What [`Stream::set_part`] said last.
+    pub part: u32,
+    /// The kernel.
+    pub kernel: Arc<str>,
+    /// How long it ran.
+    pub milliseconds: f32,
 }
 
 impl Device {
@@ -132,30 +144,35 @@ impl Stream {
         drop(queued);
         if let (Some(timing), Some(begin)) = (timing.as_mut(), begin) {
             let end = self.mark()?;
-            timing.events.push((Arc::clone(&kernel.name), begin, end));
+            timing.events.push((timing.part, Arc::clone(&kernel.name), begin, end));
         }
         Ok(())
     }
 
     /// From now on every launch is timed by events, until [`Stream::take_times`].
     pub fn start_timing(&self) {
-        *self.timing.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
-            Some(Timing { events: Vec::new() });
+        let timing = Timing { part: u32::MAX, events: Vec::new() };
+        *self.timing.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(timing);
     }
 
-    /// Milliseconds of each launch since [`Stream::start_timing`], in order; stops timing.
+    /// Says to which part of the work the next launches belong, for a profile.
+    pub fn set_part(&self, part: u32) {
+        if let Some(timing) = self.timing.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_mut() {
+            timing.part = part;
+        }
+    }
+
+    /// Times of each launch since [`Stream::start_timing`], in order; stops timing and waits.
     ///
     /// # Errors
     /// A launch failed.
-    pub fn take_times(&self) -> Result<Vec<(Arc<str>, f32)>, DeviceError> {
+    pub fn take_times(&self) -> Result<Vec<LaunchTime>, DeviceError> {
         let taken = self.timing.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         self.synchronize()?;
-        let Some(timing) = taken else { return Ok(Vec::new()) };
-        timing
-            .events
-            .iter()
-            .map(|(name, begin, end)| Ok((Arc::clone(name), end.milliseconds_since(begin)?)))
-            .collect()
+        let time = |(part, kernel, begin, end): (u32, Arc<str>, Event, Event)| {
+            Ok(LaunchTime { part, kernel, milliseconds: end.milliseconds_since(&begin)? })
+        };
+        taken.map_or_else(|| Ok(Vec::new()), |timing| timing.events.into_iter().map(time).collect())
     }
 
     /// Sets `bytes` bytes at a device address.
@@ -383,6 +400,17 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
+    /// Waits until everything queued before the event was recorded has run. Returns at once for one never recorded.
+    ///
+    /// # Errors
+    /// Some of it failed.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        self.device.bind()?;
+        // SAFETY: the event is alive.
+        let code = unsafe { sys::cuEventSynchronize(self.handle) };
+        code.result().map_err(super::error::driver("waiting for an event"))
+    }
+
     /// Milliseconds from `earlier` to this event; both must have happened.
     ///
     /// # Errors

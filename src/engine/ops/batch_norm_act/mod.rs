@@ -9,6 +9,7 @@
 //! Moves: forward reads `y` (and the shortcut), writes `z`; backward reads `dz` and `y` twice, writes `dy`.
 
 pub mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod tests;
 

@@ -5,11 +5,12 @@
 //! dilation: `y[i, j, o] = sum over a, b, c of x[i * stride + a - pad, j * stride + b - pad, c] * w[a, b, c, o]`.
 
 pub mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod tests;
 
 /// A convolution, apart from the sizes of its maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Conv2dParams {
     /// Channels of the input.

@@ -27,3 +27,31 @@ fn floats_go_into_a_channel_slice() {
     forward_f32(&floats, Dst::of(&mut buffer, View::new(0, 1, 3, 4, 5, 0).slice(2, 2)));
     assert_eq!(&buffer[..10], &[-1.0, -1.0, 0.0, 1.0, -1.0, -1.0, -1.0, 2.0, 3.0, -1.0]);
 }
+
+#[test]
+fn the_device_divides_too() {
+    use super::cuda::ImageInputKernels;
+    use crate::engine::ops::cuda_testing::{Floats, Layout, Map, normals, on_all, rounded};
+    on_all(|bench| {
+        let kernels = ImageInputKernels::load(&bench.device, bench.precision).expect("kernels");
+        for (h, w, c, beyond, pad) in [(9, 31, 3, 0, 1), (3, 5, 8, 2, 0), (2, 2, 1, 0, 2)] {
+            let at = Layout::dense(2, h, w, c);
+            let bytes: Vec<u8> = (0..at.len()).map(|i| (i * 7 % 256) as u8).collect();
+            let buffer = bench.device.allocate(bytes.len()).expect("memory");
+            bench.stream.upload(&buffer, 0, &bytes).expect("a copy");
+            let values = normals(crate::engine::device::cuda::Precision::F32, 1, at.len(), 0.0);
+            let floats = Floats::of(bench, &values);
+            let maps = [(); 2].map(|()| Map::poisoned(bench, at.within(beyond, pad)));
+            // SAFETY: all live in this test and have the shapes said.
+            unsafe {
+                kernels.forward_u8(&bench.stream, buffer.pointer(), maps[0].tensor()).expect("a launch");
+                kernels.forward_f32(&bench.stream, floats.pointer(), maps[1].tensor()).expect("a launch");
+            }
+            let fractions: Vec<f64> =
+                bytes.iter().map(|b| rounded(bench.precision, f64::from(f32::from(*b) / 255.0))).collect();
+            assert_eq!(maps[0].read_written(bench, true), fractions);
+            let values: Vec<f64> = values.iter().map(|v| rounded(bench.precision, *v)).collect();
+            assert_eq!(maps[1].read_written(bench, true), values);
+        }
+    });
+}

@@ -5,6 +5,7 @@
 //! A NaN in a window is its maximum, so that a broken number is seen and not hidden.
 
 pub mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod tests;
 

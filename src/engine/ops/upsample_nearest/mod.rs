@@ -3,5 +3,6 @@
 //! Gradient: the sum of the `f * f` gradients of the copies, row by row.
 
 pub mod cpu;
+pub mod cuda;
 #[cfg(test)]
 mod tests;

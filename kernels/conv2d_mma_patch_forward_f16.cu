@@ -1,0 +1,22 @@
+// 3x3 convolution over patches on the tensor cores, forward, f16: one kernel for each tile. What it computes, what it
+// must move, how it is tiled and why: `conv2d_mma_patch.cuh`. conv2d_patch_forward_<rows>x<columns>_f16.
+#include "conv2d_mma_patch.cuh"
+
+#if __CUDA_ARCH__ >= 800 || defined(BOXWRIGHT_EMULATOR)
+
+KERNEL(conv2d_patch_forward_128x16_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 16, 4, 1>(args); }
+KERNEL(conv2d_patch_forward_256x16_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 16, 8, 1>(args); }
+KERNEL(conv2d_patch_forward_128x32_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 32, 4, 1>(args); }
+KERNEL(conv2d_patch_forward_256x32_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 32, 8, 1>(args); }
+KERNEL(conv2d_patch_forward_128x48_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 48, 4, 1>(args); }
+KERNEL(conv2d_patch_forward_256x48_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 48, 8, 1>(args); }
+KERNEL(conv2d_patch_forward_128x64_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 64, 4, 1>(args); }
+KERNEL(conv2d_patch_forward_256x64_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 64, 8, 1>(args); }
+KERNEL(conv2d_patch_forward_128x80_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 80, 4, 1>(args); }
+KERNEL(conv2d_patch_forward_256x80_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 80, 8, 1>(args); }
+KERNEL(conv2d_patch_forward_128x96_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 96, 2, 2>(args); }
+KERNEL(conv2d_patch_forward_256x96_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 96, 4, 2>(args); }
+KERNEL(conv2d_patch_forward_128x128_f16, ConvPatchArgs, 128) { conv_patch<f16, false, 128, 128, 2, 2>(args); }
+KERNEL(conv2d_patch_forward_256x128_f16, ConvPatchArgs, 256) { conv_patch<f16, false, 256, 128, 4, 2>(args); }
+
+#endif

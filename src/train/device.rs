@@ -1,0 +1,39 @@
+//! The device that a session, a validation, a prediction or a measurement computes on.
+
+use super::args::{Amp, Device, ResolvedDevice};
+use super::error::TrainError;
+use super::session::Compute;
+use crate::engine::device::cuda::{Device as CudaDevice, probe};
+
+/// The device of this machine that `wanted` means.
+///
+/// # Errors
+/// [`TrainError::Config`] with one sentence when a GPU is named that is not there or cannot be used.
+pub fn resolve(wanted: Device) -> Result<ResolvedDevice, TrainError> {
+    // Looking for GPUs starts the driver, which takes time and memory.
+    if wanted == Device::Cpu {
+        return Ok(ResolvedDevice::Cpu);
+    }
+    wanted.resolve(&probe()).map_err(|message| TrainError::Config { key: "device".into(), message })
+}
+
+/// Opens the device of this machine that `wanted` means and settles the precision that `amp` means there. The CPU
+/// computes on `threads` threads, 0 takes all cores.
+///
+/// # Errors
+/// As [`resolve`]; a precision that the device lacks; the driver does not open the GPU.
+pub fn open(wanted: Device, amp: Amp, threads: usize) -> Result<Compute, TrainError> {
+    let config = |key: &str, message: String| TrainError::Config { key: key.into(), message };
+    match resolve(wanted)? {
+        ResolvedDevice::Cpu => {
+            amp.precision(None).map_err(|message| config("amp", message))?;
+            Ok(Compute::Cpu { threads })
+        }
+        ResolvedDevice::Cuda(ordinal) => {
+            let failed = |source| TrainError::Device { action: "start", source };
+            let device = CudaDevice::open(ordinal).map_err(failed)?;
+            let precision = amp.precision(Some(device.chip())).map_err(|message| config("amp", message))?;
+            Ok(Compute::Cuda { device, precision })
+        }
+    }
+}

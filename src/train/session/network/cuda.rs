@@ -1,0 +1,367 @@
+//! The network on a GPU: one captured piece of work for each input shape, nothing allocated while stepping.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{RawOutput, Shaped, Spare, device};
+use crate::data::Batch;
+use crate::detect::decode::HeadLevel;
+use crate::detect::losses::detection::{DetectionLoss, LossConfig, LossItems};
+use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, DeviceHeadLevel, LossCapacity};
+use crate::detect::targets::Target;
+use crate::engine::device::cuda::executor::{DeviceParams, Executor};
+use crate::engine::device::cuda::{
+    Buffer, CapturedGraph, Device, DeviceError, LaunchTime, PinnedBuffer, Precision,
+};
+use crate::engine::optim::{DeviceOptimizer, Ema, LossScale, Optimizer, StepTargets};
+use crate::engine::params::ParamSet;
+use crate::engine::plan::{Mode, Plan, Target as PlanTarget};
+use crate::train::error::TrainError;
+
+/// Boxes of a batch that there is room for at first; more make the room grow.
+const BOXES_AT_FIRST: usize = 1024;
+/// Bytes that one thread copies into pinned memory at a time.
+const COPY_BYTES: usize = 1 << 20;
+/// An overflow at a smaller scale than this is no matter of scale.
+const LOSS_SCALE_MIN: f32 = 1.0 / 1024.0;
+
+/// One launch of a step and its time.
+#[derive(Clone, Debug)]
+pub struct TimedLaunch {
+    /// Name of the kernel.
+    pub kernel: String,
+    /// Index of the plan's step, forward then backward; `u32::MAX` for the loss.
+    pub part: u32,
+    /// Milliseconds, median.
+    pub ms: f64,
+}
+
+/// Executor, loss and optimiser on the device.
+pub(super) struct CudaBackend {
+    executor: Executor,
+    params: DeviceParams,
+    loss_config: LossConfig,
+    loss: Option<DeviceDetectionLoss>,
+    optimizer: Option<DeviceOptimizer>,
+    /// The factor of the loss in half precision.
+    loss_scale: Option<Buffer>,
+    /// Forward, loss and backward by (images, height, width).
+    captured: HashMap<(usize, usize, usize), CapturedGraph>,
+    /// False once the driver refused to capture.
+    can_capture: bool,
+    pinned: PinnedBuffer,
+    /// Outputs of an evaluation, and the loss of them.
+    outputs: Vec<Vec<f32>>,
+    evaluation_loss: Option<(DetectionLoss, usize, usize)>,
+}
+
+impl CudaBackend {
+    pub fn new(
+        gpu: &Arc<Device>,
+        precision: Precision,
+        loss_config: LossConfig,
+        params: &ParamSet,
+    ) -> Result<CudaBackend, TrainError> {
+        let executor = Executor::new(gpu, precision).map_err(device("load its kernels"))?;
+        let params = DeviceParams::new(executor.stream(), params, precision)
+            .map_err(device("take memory for the parameters"))?;
+        let scale = (precision == Precision::F16).then(|| gpu.allocate(std::mem::size_of::<LossScale>()));
+        let loss_scale = scale.transpose().map_err(device("take memory for the loss scale"))?;
+        if let Some(buffer) = &loss_scale {
+            executor.stream().upload(buffer, 0, &[LossScale::START]).map_err(device("set the loss scale"))?;
+        }
+        Ok(CudaBackend {
+            loss_scale,
+            pinned: gpu.allocate_pinned(0).map_err(device("pin memory"))?,
+            executor,
+            params,
+            loss_config,
+            loss: None,
+            optimizer: None,
+            captured: HashMap::new(),
+            can_capture: true,
+            outputs: Vec::new(),
+            evaluation_loss: None,
+        })
+    }
+
+    pub fn target(&self) -> PlanTarget {
+        self.executor.target()
+    }
+
+    /// Bytes of device memory that this backend holds.
+    pub fn bytes(&self, params: &ParamSet) -> usize {
+        let precision = self.executor.precision();
+        let loss =
+            self.loss.as_ref().map_or(0, |l| DeviceDetectionLoss::bytes(&self.loss_config, &l.capacity()));
+        let optimizer = self.optimizer.as_ref().map_or(0, DeviceOptimizer::allocated_bytes);
+        self.executor.bytes()
+            + DeviceParams::bytes(params.values.len(), params.buffers.len(), precision)
+            + loss
+            + optimizer
+    }
+
+    pub fn reserve(&mut self, shaped: &Shaped) -> Result<(), TrainError> {
+        let plan = &shaped.plan;
+        let moved = self.executor.reserve(plan).map_err(device("take memory for the plan"))?;
+        if moved {
+            self.captured.clear();
+        }
+        let (n, anchors) = (plan.batch(), shaped.detector.anchor_count());
+        match plan.mode() {
+            Mode::Train => self.reserve_loss(n, anchors),
+            Mode::Eval => {
+                let (held_n, held) = self.evaluation_loss.as_ref().map_or((0, 0), |l| (l.1, l.2));
+                if n > held_n || anchors > held {
+                    let (n, anchors) = (n.max(held_n), anchors.max(held));
+                    let loss = DetectionLoss::new(self.loss_config.clone(), n, anchors, 64);
+                    self.evaluation_loss = Some((loss, n, anchors));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn reserve_loss(&mut self, n: usize, anchors: usize) -> Result<(), TrainError> {
+        let held = self.loss.as_ref().map(DeviceDetectionLoss::capacity);
+        if held.is_some_and(|held| n <= held.max_batch && anchors <= held.max_anchors) {
+            return Ok(());
+        }
+        let held = held.unwrap_or(LossCapacity { max_batch: 0, max_anchors: 0, max_boxes: BOXES_AT_FIRST });
+        let capacity = LossCapacity {
+            max_batch: n.max(held.max_batch),
+            max_anchors: anchors.max(held.max_anchors),
+            max_boxes: held.max_boxes,
+        };
+        self.captured.clear();
+        self.loss = None; // give back first: the two never need to exist together
+        let (stream, precision) = (self.executor.stream(), self.executor.precision());
+        let loss = DeviceDetectionLoss::new(stream, precision, self.loss_config.clone(), capacity);
+        self.loss = Some(loss.map_err(device("take memory for the loss"))?);
+        Ok(())
+    }
+
+    pub fn push(&mut self, params: &ParamSet, optimizer: &Optimizer, ema: &Ema) -> Result<(), TrainError> {
+        self.push_params(params)?;
+        let stream = self.executor.stream();
+        if self.optimizer.is_none() {
+            let made = DeviceOptimizer::new(stream, optimizer, ema);
+            self.optimizer = Some(made.map_err(device("take memory for the optimiser"))?);
+        }
+        let on_device = self.optimizer.as_ref().expect("made above");
+        on_device.upload(stream, optimizer, ema).map_err(device("take the optimiser's state"))
+    }
+
+    pub fn push_params(&mut self, params: &ParamSet) -> Result<(), TrainError> {
+        self.params.upload(self.executor.stream(), params).map_err(device("take the parameters"))
+    }
+
+    pub fn fetch(
+        &mut self,
+        params: &mut ParamSet,
+        optimizer: &mut Optimizer,
+        ema: &mut Ema,
+    ) -> Result<(), TrainError> {
+        let stream = self.executor.stream();
+        self.params.download(stream, params).map_err(device("give back the parameters"))?;
+        match &self.optimizer {
+            Some(o) => o.download(stream, optimizer, ema).map_err(device("give back the optimiser's state")),
+            None => Ok(()),
+        }
+    }
+
+    pub fn swap_average(&mut self) -> Result<(), TrainError> {
+        let Some(optimizer) = &mut self.optimizer else {
+            return Err(TrainError::Internal { message: "there is no average on the device yet".into() });
+        };
+        optimizer.swap_average(&mut self.params.values, &mut self.params.buffers);
+        Ok(())
+    }
+
+    pub fn train(&mut self, shaped: &Shaped, batch: &Batch) -> Result<LossItems, TrainError> {
+        let plan = &shaped.plan;
+        self.send_images(plan, &batch.images[..plan.bytes().input])?;
+        let loss = self.loss.as_mut().expect("reserved with the plan");
+        let stream = self.executor.stream();
+        // SAFETY: every step ends with a synchronisation, so all earlier uploads have run.
+        let moved = unsafe { loss.upload_targets(stream, &batch.targets, batch.n) };
+        if moved.map_err(device("take the targets"))? {
+            self.captured.clear();
+        }
+        self.run_step(shaped).map_err(device("train a batch"))?;
+        let loss = self.loss.as_ref().expect("reserved with the plan");
+        let items = loss.read(self.executor.stream()).map_err(device("train a batch"))?;
+        Ok(LossItems { box_: items.box_, cls: items.cls, dfl: items.dfl, total: items.total })
+    }
+
+    /// Queues forward, loss and backward: captured once for a shape, then replayed.
+    fn run_step(&mut self, shaped: &Shaped) -> Result<(), DeviceError> {
+        let plan = &shaped.plan;
+        let [h, w, _] = plan.input_shape();
+        let key = (plan.batch(), h, w);
+        if self.can_capture && !self.captured.contains_key(&key) {
+            match self.executor.stream().capture(|_| self.queue_step(shaped)) {
+                Ok(graph) => {
+                    self.captured.insert(key, graph);
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        "the step cannot be captured, its kernels are launched one by one: {error}"
+                    );
+                    self.can_capture = false;
+                }
+            }
+        }
+        match self.captured.get(&key) {
+            // SAFETY: captured graphs are dropped whenever memory that they name is given back.
+            Some(graph) => unsafe { self.executor.stream().run(graph) },
+            None => self.queue_step(shaped),
+        }
+    }
+
+    /// Queues forward, loss and backward one by one.
+    pub fn queue_step(&self, shaped: &Shaped) -> Result<(), DeviceError> {
+        let (graph, plan) = (&shaped.detector.graph, &shaped.plan);
+        self.executor.forward(graph, plan, &self.params)?;
+        let levels: Vec<DeviceHeadLevel> = (shaped.detector.strides.iter().enumerate())
+            .map(|(level, &stride)| {
+                let (boxes, box_gradient) = self.executor.output(plan, 2 * level);
+                let (scores, score_gradient) = self.executor.output(plan, 2 * level + 1);
+                DeviceHeadLevel {
+                    stride: stride as u32,
+                    boxes,
+                    scores,
+                    box_gradient: box_gradient.expect("a plan for training has gradients of its outputs"),
+                    score_gradient: score_gradient.expect("a plan for training has gradients of its outputs"),
+                }
+            })
+            .collect();
+        let loss = self.loss.as_ref().expect("reserved with the plan");
+        let scale = self.loss_scale.as_ref().map_or(0, Buffer::pointer);
+        // SAFETY: the views lie in the executor's arena, where outputs and their gradients have places of their own;
+        // the boxes of this batch were uploaded on the same stream.
+        unsafe { loss.compute(self.executor.stream(), &levels, plan.batch(), scale) }?;
+        self.executor.backward(graph, plan, &self.params)
+    }
+
+    /// Times every launch of a step, `repeats` times, and takes the median of each. Images and targets are those that
+    /// were sent last.
+    pub fn timed_step(&mut self, shaped: &Shaped, repeats: usize) -> Result<Vec<TimedLaunch>, DeviceError> {
+        let stream = self.executor.stream();
+        let mut runs = Vec::with_capacity(repeats);
+        for _ in 0..repeats {
+            stream.start_timing();
+            let queued = self.queue_step(shaped);
+            let times = stream.take_times();
+            queued?;
+            runs.push(times?);
+        }
+        let first = runs.first().map_or(&[][..], Vec::as_slice);
+        let median = |i: usize| {
+            let mut ms: Vec<f64> = runs.iter().map(|run| f64::from(run[i].milliseconds)).collect();
+            ms.sort_by(f64::total_cmp);
+            ms[ms.len() / 2]
+        };
+        let launch = |(i, l): (usize, &LaunchTime)| TimedLaunch {
+            kernel: l.kernel.to_string(),
+            part: l.part,
+            ms: median(i),
+        };
+        Ok(first.iter().enumerate().map(launch).collect())
+    }
+
+    /// Copies images through pinned memory on all cores, and queues the copy to the device.
+    fn send_images(&mut self, plan: &Plan, images: &[u8]) -> Result<(), TrainError> {
+        use rayon::prelude::*;
+        assert_eq!(images.len(), plan.bytes().input, "a batch of the plan's shape");
+        let failed = device("take the images");
+        if self.pinned.as_slice::<u8>().len() < images.len() {
+            self.executor.stream().synchronize().map_err(&failed)?;
+            self.pinned = self.executor.device().allocate_pinned(images.len()).map_err(&failed)?;
+        }
+        let to = &mut self.pinned.as_mut_slice::<u8>()[..images.len()];
+        to.par_chunks_mut(COPY_BYTES)
+            .zip(images.par_chunks(COPY_BYTES))
+            .for_each(|(to, from)| to.copy_from_slice(from));
+        let (stream, input) = (self.executor.stream(), self.executor.input());
+        // SAFETY: every pass ends with a synchronisation, so the pinned memory is written next after this copy ran.
+        unsafe { stream.upload_pinned(input, 0, &self.pinned, images.len()) }.map_err(failed)
+    }
+
+    /// The norm; `None` when the gradients overflowed half precision, which halved the scale and moved nothing.
+    pub fn update(
+        &mut self,
+        optimizer: &mut Optimizer,
+        ema: &mut Ema,
+        norm_max: f64,
+    ) -> Result<Option<f64>, TrainError> {
+        let failed = device("move the parameters");
+        let on_device = self.optimizer.as_mut().expect("pushed before the first batch");
+        let stream = self.executor.stream();
+        let targets = StepTargets {
+            values: self.params.values.pointer(),
+            grads: self.params.grads.pointer(),
+            buffers: self.params.buffers.pointer(),
+            copy: 0,
+            precision: self.executor.precision(),
+            scale: self.loss_scale.as_ref().map_or(0, Buffer::pointer),
+        };
+        // SAFETY: the result of every step is read, so all earlier uploads have run; the addresses are those of
+        // parameters of the optimiser's network, on its stream.
+        unsafe {
+            let growth = LossScale::GROWTH_INTERVAL;
+            on_device.upload_step(stream, optimizer, ema, norm_max, growth).map_err(&failed)?;
+            on_device.step(stream, &targets).map_err(&failed)?;
+        }
+        let result = on_device.read(stream).map_err(&failed)?;
+        DeviceOptimizer::commit(&result, optimizer, ema);
+        let overflowed =
+            result.is_finite == 0 && self.loss_scale()?.is_some_and(|s| s.scale > LOSS_SCALE_MIN);
+        Ok((!overflowed).then_some(result.norm))
+    }
+
+    /// The factor of the loss in half precision.
+    pub fn loss_scale(&self) -> Result<Option<LossScale>, TrainError> {
+        let Some(buffer) = &self.loss_scale else { return Ok(None) };
+        let mut scale = [LossScale::START];
+        self.executor.stream().download(buffer, 0, &mut scale).map_err(device("tell the loss scale"))?;
+        Ok(Some(scale[0]))
+    }
+
+    /// Sets the factor of the loss; ignored in other precisions.
+    pub fn set_loss_scale(&mut self, scale: LossScale) -> Result<(), TrainError> {
+        let Some(buffer) = &self.loss_scale else { return Ok(()) };
+        self.executor.stream().upload(buffer, 0, &[scale]).map_err(device("take the loss scale"))
+    }
+
+    pub fn infer(
+        &mut self,
+        shaped: &Shaped,
+        images: &[u8],
+        targets: Option<&[Target]>,
+        spare: &mut Spare,
+    ) -> Result<RawOutput<'_>, TrainError> {
+        let plan = &shaped.plan;
+        let failed = device("evaluate a batch");
+        self.send_images(plan, images)?;
+        self.executor.forward(&shaped.detector.graph, plan, &self.params).map_err(&failed)?;
+        self.outputs.resize_with(plan.output_count(), Vec::new);
+        for (i, output) in self.outputs.iter_mut().enumerate() {
+            output.resize(plan.output_shape(i).iter().product(), 0.0);
+            self.executor.download_output(plan, i, output).map_err(&failed)?;
+        }
+        let levels: Vec<HeadLevel<'_>> = (shaped.detector.strides.iter().enumerate())
+            .map(|(level, &stride)| {
+                let [_, h, w, _] = plan.output_shape(2 * level);
+                let (boxes, scores) = (&self.outputs[2 * level], &self.outputs[2 * level + 1]);
+                HeadLevel { stride, h, w, boxes, scores }
+            })
+            .collect();
+        let mut losses = LossItems::default();
+        if let (Some(targets), Some((loss, ..))) = (targets, &mut self.evaluation_loss) {
+            let mut grads = spare.grads(&levels);
+            losses = loss.compute(&levels, &mut grads, targets, plan.batch(), 1.0);
+        }
+        Ok(RawOutput { levels, losses })
+    }
+}
