@@ -206,7 +206,13 @@ fn check(level: Level, case: &Case, accumulate: bool) {
     }
 }
 
-pub(super) fn case(c: (usize, usize), kernel: usize, stride: usize, size: (usize, usize, usize), beyond: usize) -> Case {
+pub(super) fn case(
+    c: (usize, usize),
+    kernel: usize,
+    stride: usize,
+    size: (usize, usize, usize),
+    beyond: usize,
+) -> Case {
     let pad = if kernel == 2 { 0 } else { kernel / 2 };
     let p = Conv2dParams { c_in: c.0, c_out: c.1, kernel, stride, pad };
     Case { p, n: size.0, h: size.1, w: size.2, beyond }

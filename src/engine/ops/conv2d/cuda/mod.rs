@@ -9,6 +9,8 @@ mod image;
 mod mma;
 mod mma_config;
 mod plain;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

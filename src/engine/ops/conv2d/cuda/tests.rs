@@ -152,7 +152,10 @@ impl Bench {
         let all = MmaConfig::candidates(pass, &self.case.p, &self.shape(pass), self.device.chip());
         let mut configs: Vec<MmaConfig> = Vec::new();
         for config in &all {
-            let same: Vec<&MmaConfig> = all.iter().filter(|c| MmaConfig { splits: 1, ..**c } == MmaConfig { splits: 1, ..*config }).collect();
+            let same: Vec<&MmaConfig> = all
+                .iter()
+                .filter(|c| MmaConfig { splits: 1, ..**c } == MmaConfig { splits: 1, ..*config })
+                .collect();
             let fewest = same.iter().min_by_key(|c| c.splits).expect("itself");
             let most = same.iter().max_by_key(|c| c.splits).expect("itself");
             for pick in [**fewest, **most] {
@@ -178,7 +181,8 @@ impl Bench {
         assert_eq!(got.len(), want.len());
         for i in 0..got.len() {
             let value = want[i] + start;
-            let limit = 1e-6 + 2e-6 * size[i] + if rounds { rounding(self.precision) * value.abs() } else { 0.0 };
+            let limit =
+                1e-6 + 2e-6 * size[i] + if rounds { rounding(self.precision) * value.abs() } else { 0.0 };
             // Written so that NaN fails.
             assert!((got[i] - value).abs() <= limit, "{what} {:?} at {i}: {} for {value}", self.case, got[i]);
         }
@@ -221,7 +225,10 @@ impl Bench {
                 count += pixels;
             }
             let squares = channel.iter().map(|v| (v - mean).powi(2)).sum::<f64>();
-            assert!((got_mean - mean).abs() <= 1e-5 * (1.0 + mean.abs()), "{what}: mean {got_mean} for {mean}");
+            assert!(
+                (got_mean - mean).abs() <= 1e-5 * (1.0 + mean.abs()),
+                "{what}: mean {got_mean} for {mean}"
+            );
             assert!((got_sum - squares).abs() <= 1e-5 * (1.0 + squares), "{what}: {got_sum} for {squares}");
         }
     }
@@ -250,7 +257,15 @@ impl Bench {
         // SAFETY: all buffers live to the end of this function, which waits for the launch.
         unsafe {
             let (x, dy) = (self.x.tensor(), self.dy.tensor());
-            mma.backward_weight(&self.stream, config, &self.case.p, x, dy, self.dw.pointer(), workspace.pointer())
+            mma.backward_weight(
+                &self.stream,
+                config,
+                &self.case.p,
+                x,
+                dy,
+                self.dw.pointer(),
+                workspace.pointer(),
+            )
         }
         .expect("a launch");
         self.stream.download(&self.dw, 0, &mut values).expect("a copy");
@@ -337,16 +352,21 @@ fn mma_epilogues_follow_their_formulas() {
                 unsafe { mma.forward(stream, &config, p, x, weight, out, &epilogue, workspace.pointer()) }
                     .expect("a launch");
             };
-            let activation = [Activation::Silu, Activation::Relu, Activation::Identity][config.columns as usize / 16 % 3];
+            let activation =
+                [Activation::Silu, Activation::Relu, Activation::Identity][config.columns as usize / 16 % 3];
             for with_residual in [false, true] {
                 bench.y.reset(stream);
                 let residual = with_residual.then(|| residual.tensor());
                 run(bench.y.tensor(), Epilogue::Apply { scale, shift, activation, residual });
                 for (i, got) in bench.y.read(stream, "forward").into_iter().enumerate() {
                     let z = bench.want.0[0][i] * f64::from(columns[i % 40]) + f64::from(columns[40 + i % 40]);
-                    let want = f64::from(activation.value(z as f32)) + if with_residual { added[i] } else { 0.0 };
+                    let want =
+                        f64::from(activation.value(z as f32)) + if with_residual { added[i] } else { 0.0 };
                     let limit = rounding(precision) * want.abs() + 1e-5 * (1.0 + bench.want.1[0][i]);
-                    assert!((got - want).abs() <= limit, "{config:?} {activation:?} at {i}: {got} for {want}");
+                    assert!(
+                        (got - want).abs() <= limit,
+                        "{config:?} {activation:?} at {i}: {got} for {want}"
+                    );
                 }
             }
             let view = View::new(0, 2, 6, 21, 40, 0);
@@ -363,7 +383,11 @@ fn mma_epilogues_follow_their_formulas() {
             for i in 0..view.len() {
                 let want = bench.want.0[0][i] + f64::from(columns[40 + i % 40]);
                 let limit = 2e-6 * (1.0 + bench.want.1[0][i]);
-                assert!((f64::from(values[i]) - want).abs() <= limit, "{config:?} at {i}: {} for {want}", values[i]);
+                assert!(
+                    (f64::from(values[i]) - want).abs() <= limit,
+                    "{config:?} at {i}: {} for {want}",
+                    values[i]
+                );
             }
             bench.y.reset(stream);
             run(bench.y.tensor(), Epilogue::Raw);
