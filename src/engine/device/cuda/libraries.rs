@@ -110,7 +110,8 @@ fn preload_nvrtc(folder: &Path) -> bool {
     let find = |prefix: &str| {
         names.iter().rev().find(|p| {
             let name = p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            name.starts_with(prefix) && !name.contains(".alt.")
+            // Nothing but a version may follow: other files lie beside the libraries.
+            name.strip_prefix(prefix).is_some_and(|v| v.chars().all(|c| c.is_ascii_digit() || c == '.'))
         })
     };
     let Some(compiler) = find("libnvrtc.so.") else { return false };

@@ -5,9 +5,12 @@
 //! known before anything is allocated: a [`Shape`] is made of the two views, and the sizes of partial statistics and
 //! workspaces follow from it, the precision and the chip.
 
+mod image;
 mod mma;
 mod mma_config;
 mod plain;
+#[cfg(test)]
+mod plain_tests;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +22,7 @@ use crate::engine::activation::Activation;
 use crate::engine::device::cuda::{Chip, Device, DeviceError, Precision, Stream, Tensor};
 use crate::engine::tensor::View;
 
+pub use image::{image_stats_layout, image_workspace_len};
 pub use mma_config::{Method, MmaConfig, Pass};
 
 /// What happens to the output before it is written. Addresses are those of `c_out` floats on the device.
@@ -122,7 +126,8 @@ pub fn stats_layout(p: &Conv2dParams, shape: &Shape, precision: Precision, chip:
     if !uses_tensor_cores(p, shape, precision, chip) {
         return plain::stats_layout(p, shape);
     }
-    let (partials, pixels_per_partial) = MmaConfig::choose(Pass::Forward, p, shape, chip).stats_tiles(p, shape);
+    let (partials, pixels_per_partial) =
+        MmaConfig::choose(Pass::Forward, p, shape, chip).stats_tiles(p, shape);
     StatsLayout { partials, pixels_per_partial }
 }
 
@@ -149,6 +154,7 @@ pub struct Conv2dKernels {
     precision: Precision,
     mma: Option<mma::MmaKernels>,
     plain: plain::PlainKernels,
+    image: image::ImageKernels,
     /// What [`MmaConfig::choose`] said, since a launch should not have to ask again.
     chosen: Mutex<HashMap<(Pass, Conv2dParams, Shape), MmaConfig>>,
 }
@@ -157,6 +163,7 @@ impl Conv2dKernels {
     /// Files of the kernels that [`Conv2dKernels::load`] needs, for compiling them beforehand and in parallel.
     pub fn stems(precision: Precision, chip: &Chip) -> Vec<&'static str> {
         let mut stems = plain::stems().to_vec();
+        stems.extend(image::stems(precision, chip));
         if precision.bytes() == 2 && chip.has_tensor_bf16() {
             stems.extend(mma::stems(precision));
         }
@@ -174,6 +181,7 @@ impl Conv2dKernels {
             precision,
             mma: with_mma.then(|| mma::MmaKernels::load(device, precision)).transpose()?,
             plain: plain::PlainKernels::load(device, precision)?,
+            image: image::ImageKernels::load(device, precision)?,
             chosen: Mutex::default(),
         })
     }
@@ -190,7 +198,8 @@ impl Conv2dKernels {
         let taken = uses_tensor_cores(p, &shape, self.precision, chip);
         let mma = self.mma.as_ref().filter(|_| taken)?;
         let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
-        let config = chosen.entry((pass, *p, shape)).or_insert_with(|| MmaConfig::choose(pass, p, &shape, chip));
+        let config =
+            chosen.entry((pass, *p, shape)).or_insert_with(|| MmaConfig::choose(pass, p, &shape, chip));
         Some((mma, *config))
     }
 
@@ -217,7 +226,8 @@ impl Conv2dKernels {
         epilogue: Epilogue,
         workspace: u64,
     ) -> Result<(), DeviceError> {
-        let unaligned_residual = matches!(&epilogue, Epilogue::Apply { residual: Some(r), .. } if !r.is_aligned(self.precision));
+        let unaligned_residual =
+            matches!(&epilogue, Epilogue::Apply { residual: Some(r), .. } if !r.is_aligned(self.precision));
         // SAFETY: the caller's promise.
         unsafe {
             match self.mma(Pass::Forward, p, &x, &out).filter(|_| !unaligned_residual) {
@@ -251,7 +261,9 @@ impl Conv2dKernels {
         // SAFETY: the caller's promise.
         unsafe {
             match self.mma(Pass::BackwardData, p, &dx, &dy) {
-                Some((mma, config)) => mma.backward_data(stream, &config, p, dy, weight, dx, accumulate, workspace),
+                Some((mma, config)) => {
+                    mma.backward_data(stream, &config, p, dy, weight, dx, accumulate, workspace)
+                }
                 None => self.plain.backward_data(stream, p, dy, weight, dx, accumulate, workspace),
             }
         }
