@@ -143,7 +143,6 @@ struct MmaKernels {
 
 /// The kernels for one storage type.
 pub(super) struct ImageKernels {
-    precision: Precision,
     forward: [Kernel; 4],
     backward_weight: Kernel,
     add_splits: Kernel,
@@ -166,7 +165,6 @@ impl ImageKernels {
         let forward = |i: usize| kernel(&format!("forward_{}", EPILOGUES[i]));
         let with_mma = precision.bytes() == 2 && device.chip().has_tensor_bf16();
         Ok(ImageKernels {
-            precision,
             forward: [forward(0)?, forward(1)?, forward(2)?, forward(3)?],
             backward_weight: kernel("backward_weight")?,
             add_splits: module.kernel("conv2d_image_add_splits")?,

@@ -91,7 +91,7 @@ impl Case {
 /// Where the input comes from.
 enum Input {
     View(Map),
-    Image(crate::engine::device::cuda::Buffer, Tensor),
+    Image(Tensor),
 }
 
 /// A case on a device.
@@ -116,7 +116,7 @@ impl Rig<'_> {
                     let weight = self.weight.tensor().data;
                     self.plain.forward(stream, p, x.tensor(), weight, out.tensor(), epilogue, 0)
                 }
-                Input::Image(_, image) => {
+                Input::Image(image) => {
                     let weight = self.masters.pointer();
                     self.kernels.forward_image(stream, p, *image, weight, out.tensor(), epilogue)
                 }
@@ -204,7 +204,7 @@ impl Rig<'_> {
         let result = unsafe {
             match &self.input {
                 Input::View(x) => self.plain.backward_weight(stream, p, x.tensor(), dy.tensor(), to, scratch),
-                Input::Image(_, image) => {
+                Input::Image(image) => {
                     self.kernels.backward_weight_image(stream, p, *image, dy.tensor(), to, scratch)
                 }
             }
@@ -237,6 +237,7 @@ impl Rig<'_> {
 
 fn check(bench: &Bench, kernels: &Conv2dKernels, sizes: Sizes, beyond: usize, image: bool) {
     let case = Case::new(bench.precision, sizes, image);
+    let mut images = None;
     let input = if image {
         let bytes: Vec<u8> = case.x.iter().map(|v| (v * 255.0).round() as u8).collect();
         let buffer = bench.device.allocate(bytes.len()).expect("memory");
@@ -244,7 +245,8 @@ fn check(bench: &Bench, kernels: &Conv2dKernels, sizes: Sizes, beyond: usize, im
         let v = case.x_at;
         // SAFETY: the buffer holds the images and lives as long as the case.
         let tensor = unsafe { Tensor::new(buffer.pointer(), 1, &View::new(0, v.n, v.h, v.w, 3, 0)) };
-        Input::Image(buffer, tensor)
+        images = Some(buffer);
+        Input::Image(tensor)
     } else {
         Input::View(Map::of(bench, case.x_at.within(beyond, case.p.pad), &case.x))
     };
@@ -260,6 +262,7 @@ fn check(bench: &Bench, kernels: &Conv2dKernels, sizes: Sizes, beyond: usize, im
     if !image {
         rig.check_data(&dy);
     }
+    drop(images);
 }
 
 #[test]
