@@ -59,6 +59,7 @@ pub const SOURCES: &[Source] = sources![
     "image_input",
     "max_pool2d",
     "muon",
+    "nms",
     "optim",
     "task_aligned",
     "upsample_nearest",
