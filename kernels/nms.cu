@@ -1,5 +1,5 @@
 // From raw head outputs to detections: decoding, candidates, non-maximum suppression.
-// CPU twin: `detect::decode::detect` and `detect::nms::suppress`; the same candidates, order and comparisons.
+// CPU twin: `detect::decode::detect` and `detect::nms`; the same candidates, order and comparisons.
 //
 // A candidate is one 64-bit key: score bits, then the complement of (anchor, class). Scores are positive, so the
 // greatest key is the best candidate and, on equal scores, the first; keys are unique, so the order in which they are
@@ -100,10 +100,11 @@ DEVI bool is_wanted(const NmsArgs& args, u32 cls) {
 DEVI u64 key_of(const NmsArgs& args, float score, u32 anchor, u32 cls) {
   return (u64)__float_as_uint(score) << 32 | (u64)(~(anchor << args.class_bits | cls));
 }
-DEVI const float* logits_of(const NmsArgs& args, u32 image, u32 anchor) {
+DEVI const float* logits_of(const NmsArgs& args, u32 image, u32 anchor, u32& flags) {
   u32 cell, x;
   const HeadLevel& level = args.levels[locate(args, anchor, cell)];
   const u32 y = divide(level.width, cell, x);
+  flags = level.flags;
   return score_row(level, image, y, x);
 }
 
@@ -111,11 +112,11 @@ DEVI const float* logits_of(const NmsArgs& args, u32 image, u32 anchor) {
 struct All {
   static constexpr u32 most = 8;
   static __device__ __forceinline__ void find(const NmsArgs& args, u32 image, u32 unit, u32& anchor, u64 (&keys)[8]) {
-    u32 group;
+    u32 group, flags;
     anchor = divide(args.groups, unit, group);
-    const float* row = logits_of(args, image, anchor) + group * 8;
+    const float* row = logits_of(args, image, anchor, flags) + group * 8;
     float v[8];
-    if (args.levels[0].flags & SCORES_VECTOR) {
+    if (flags & SCORES_VECTOR) {
       load8(row, v);
     } else {
 #pragma unroll
@@ -133,8 +134,9 @@ struct All {
 struct Best {
   static constexpr u32 most = 1;
   static __device__ __forceinline__ void find(const NmsArgs& args, u32 image, u32 unit, u32& anchor, u64 (&keys)[1]) {
+    u32 flags;
     anchor = unit;
-    const float* row = logits_of(args, image, anchor);
+    const float* row = logits_of(args, image, anchor, flags);
     float best = -__uint_as_float(0x7f800000u);
     u32 cls = 0;
     for (u32 i = 0; i < args.nc; ++i) {
@@ -273,8 +275,8 @@ template <class Find> DEVI void select(const NmsArgs& args) {
   pick_digit(state, histogram, shift, bins);
 }
 
-KERNEL(nms_select_all, NmsArgs, 256) { select<All>(args); }
-KERNEL(nms_select_best, NmsArgs, 256) { select<Best>(args); }
+KERNEL_RESIDENT(nms_select_all, NmsArgs, 256, 4) { select<All>(args); }
+KERNEL_RESIDENT(nms_select_best, NmsArgs, 256, 4) { select<Best>(args); }
 
 // ---- suppression -------------------------------------------------------------------------------------------------
 
