@@ -11,7 +11,7 @@ use super::feeding::{
     STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, validation_args, validation_split,
 };
 use super::memory::Demand;
-use super::network::{Network, Spare, build};
+use super::network::{Network, build};
 use super::reporter::Reporter;
 use super::{Run, SessionSpec, initial, pretrained, save};
 use crate::data::{Split, SplitName, ValLoader};
@@ -123,7 +123,6 @@ pub(super) fn prepare<'r, 'o>(
         val_split,
         val_loader,
         validation,
-        spare: Spare::default(),
         batches,
         checkpoint_interval_s: spec.checkpoint_interval_s,
         last_saved: Instant::now(),
