@@ -156,6 +156,9 @@ fn operation_of<'a>(operations: &'a [String], stem: &str) -> Option<&'a str> {
 const DRIVERS: &[(&str, &str)] = &[
     ("cast", "src/engine/device/cuda"),
     ("detection_loss", "src/detect/losses/detection_cuda"),
+    ("muon", "src/engine/optim/muon_cuda.rs"),
+    ("nms", "src/detect/nms_cuda"),
+    ("optim", "src/engine/optim/cuda.rs"),
     ("task_aligned", "src/detect/losses/detection_cuda"),
 ];
 
