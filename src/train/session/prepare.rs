@@ -92,7 +92,7 @@ pub(super) fn prepare<'r, 'o>(
         pretrained::apply(start, &mut network.params, &dataset.names, &args, reporter)?;
     }
     let ema = Ema::new(&network.params.values, &network.params.buffers, Ema::DECAY, Ema::TAU);
-    let validation = validation_args(&args, &dataset, &detector, &resolved, imgsz);
+    let validation = validation_args(&args, &dataset, &resolved, imgsz);
     let val_split = validation_split(&dataset, &args)?.clone();
     let val_loader = open_val_loader(&val_split, &validation, &args)?;
     if Feed::is_on_device(&compute, &args) {

@@ -32,8 +32,6 @@ pub struct ValidationArgs {
     pub stride: usize,
     /// Loader threads.
     pub workers: usize,
-    /// Bins of a side's distance distribution.
-    pub reg_max: usize,
     /// Rectangular batches, each as small as its images allow; otherwise squares.
     pub rect: bool,
     /// Folder for pictures of the first batches.

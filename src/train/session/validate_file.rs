@@ -89,7 +89,6 @@ pub fn validate_file(
         imgsz,
         stride: feeding::STRIDE_MAX,
         workers: args.workers,
-        reg_max: network.reg_max(),
         rect: args.rect,
         pictures: args.plots.clone(),
         json: args.json.clone(),
