@@ -96,7 +96,7 @@ fn schedule(optimizer: &mut Optimizer, t: u32) {
 
 /// Gradients that are small in some steps and clipped in others, zero in gaps and frozen tensors.
 fn gradients(optimizer: &Optimizer, len: usize, t: u32) -> Vec<f32> {
-    let drawn = noise(len, t, if t % 2 == 0 { 0.01 } else { 1.0 });
+    let drawn = noise(len, t, if t.is_multiple_of(2) { 0.01 } else { 1.0 });
     let mut grads = vec![0.0; len];
     for tensor in optimizer.tensors.iter().filter(|t| !t.frozen) {
         grads[tensor.range.clone()].copy_from_slice(&drawn[tensor.range.clone()]);
