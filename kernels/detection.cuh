@@ -1,6 +1,6 @@
 // What the kernels of detection share: the levels of a head, decoding, overlap, the arguments of the loss.
 //
-// Rust twins: `detect::losses::detection_cuda` (arguments), `detect::boxes`, `detect::losses::{bce, dfl}` (formulas,
+// Rust twins: `detect::head_cuda`, `detect::losses::detection_cuda` (arguments), `detect::boxes`, `detect::losses::{bce, dfl}` (formulas,
 // same order of operations, so that the assignment has the CPU's bits but for the arc tangent).
 #pragma once
 
@@ -88,7 +88,7 @@ struct DetectionArgs {
 };
 
 // Level of an anchor; `cell` becomes its cell.
-DEVI u32 locate(const DetectionArgs& args, u32 anchor, u32& cell) {
+template <class Args> DEVI u32 locate(const Args& args, u32 anchor, u32& cell) {
   u32 level = 0;
 #pragma unroll
   for (u32 i = 1; i < LEVELS_MAX; ++i) level += (u32)(i < args.level_count && anchor >= args.levels[i].first);
@@ -164,6 +164,24 @@ DEVI Softmax softmax_of(const float* x, u32 bins) {
   s.expectation = expectation.v;
   s.log_denominator = s.top + logf(sum.v);
   return s;
+}
+
+// Distance of one side from its logits.
+DEVI float side_distance(const HeadLevel& level, const float* row, u32 bins) {
+  if (bins == 1) return row[0];
+  if (bins != 16) return softmax_of(row, bins).expectation;
+  float v[16];
+  if (level.flags & BOXES_VECTOR) {
+#pragma unroll
+    for (u32 i = 0; i < 16; i += 4) {
+      const float4 q = *reinterpret_cast<const float4*>(row + i);
+      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+    }
+  } else {
+#pragma unroll
+    for (u32 i = 0; i < 16; ++i) v[i] = row[i];
+  }
+  return expectation16(v);
 }
 
 // ---- complete IoU ------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ DEVI void load_logits(const DetectionArgs& args, const Unit& u, float (&x)[8]) {
 
 template <class T> DEVI void store_gradient(const DetectionArgs& args, const Unit& u, const float (&g)[8]) {
   const HeadLevel& level = args.levels[u.level];
+  if (level.score_gradient.data == 0) return;
   T* row = at<T>(level.score_gradient, u.image, (i32)u.y, (i32)u.x) + u.first_class;
   if (level.flags & SCORE_GRADIENT_VECTOR) {
     store8(row, g);
@@ -206,7 +207,7 @@ DEVI void box_side(const DetectionArgs& args, u32 image, const Positive& positiv
     const float difference = (s.expectation - wanted) * unit;
     const float direction = difference == 0.0f ? 0.0f : (difference < 0.0f ? -1.0f : 1.0f);
     third += (double)(positive.score * fabsf(difference) / 4.0f);
-    gradient[0] = from_f32<T>(d_distance + third_factor * direction * unit);
+    if (level.box_gradient.data != 0) gradient[0] = from_f32<T>(d_distance + third_factor * direction * unit);
     return;
   }
   const float g = fminf(fmaxf(wanted, 0.0f), (float)(bins - 1) - 0.01f);
@@ -215,6 +216,7 @@ DEVI void box_side(const DetectionArgs& args, u32 image, const Positive& positiv
   third += (double)(positive.score *
                     -((logits[l] - s.log_denominator) * weight_left +
                       (logits[l + 1] - s.log_denominator) * weight_right) / 4.0f);
+  if (level.box_gradient.data == 0) return;
   for (u32 bin = 0; bin < bins; ++bin) {
     const float share = probability(s, logits[bin]);
     float d = d_distance * share * ((float)bin - s.expectation) + third_factor * share;

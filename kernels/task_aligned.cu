@@ -39,29 +39,12 @@ template <class T> DEVI void decode(const DetectionArgs& args) {
   const HeadLevel& level = args.levels[locate(args, anchor, cell)];
   const u32 y = divide(level.width, cell, x), bins = args.reg_max;
   const float* row = box_row(level, image, y, x) + side * bins;
-  float distance;
-  if (bins == 16 && (level.flags & BOXES_VECTOR)) {
-    float v[16];
-#pragma unroll
-    for (u32 i = 0; i < 16; i += 4) {
-      const float4 q = *reinterpret_cast<const float4*>(row + i);
-      v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
-    }
-    distance = expectation16(v);
-  } else if (bins == 16) {
-    float v[16];
-#pragma unroll
-    for (u32 i = 0; i < 16; ++i) v[i] = row[i];
-    distance = expectation16(v);
-  } else if (bins == 1) {
-    distance = row[0];
-  } else {
-    distance = softmax_of(row, bins).expectation;
-  }
+  const float distance = side_distance(level, row, bins);
   const Exact point = Exact((float)(side & 1 ? y : x)) + 0.5f;
   const Exact corner = side < 2 ? point - distance : point + distance;
   reinterpret_cast<float*>(args.corners)[place * 4 + side] = (corner * (float)level.stride).v;
 
+  if (level.box_gradient.data == 0) return;
   T* gradient = at<T>(level.box_gradient, image, (i32)y, (i32)x) + side * bins;
   const bool is_vector = (level.flags & BOX_GRADIENT_VECTOR) && (bins * sizeof(T)) % 16 == 0;
   clear(gradient, bins, is_vector);

@@ -106,7 +106,7 @@ pub fn detect(
 }
 
 /// A logit whose probability lies safely below `conf`.
-fn logit_below(conf: f32) -> f32 {
+pub(super) fn logit_below(conf: f32) -> f32 {
     let p = conf as f64;
     if p <= 0.0 {
         f32::NEG_INFINITY

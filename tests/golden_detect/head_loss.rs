@@ -77,7 +77,7 @@ impl Head {
     }
 }
 
-fn targets(golden: &Golden) -> Vec<Target> {
+pub fn targets(golden: &Golden) -> Vec<Target> {
     let (images, classes) = (golden.i64("in.batch_idx"), golden.i64("in.cls"));
     let boxes = golden.f32("in.bboxes");
     let row = |i: usize| Target {
@@ -88,7 +88,7 @@ fn targets(golden: &Golden) -> Vec<Target> {
     (0..images.len()).map(row).collect()
 }
 
-fn config(golden: &Golden) -> LossConfig {
+pub fn config(golden: &Golden) -> LossConfig {
     let gains = golden.meta("gains");
     let gain = |name: &str| gains[name].as_f64().expect("a gain") as f32;
     LossConfig {

@@ -6,6 +6,7 @@ mod common;
 mod assigner;
 mod evaluation;
 mod head_loss;
+mod head_loss_cuda;
 mod pieces;
 mod weights;
 

@@ -158,6 +158,7 @@ const DRIVERS: &[(&str, &str)] = &[
     ("ceiling", "src/engine/device/cuda/ceiling.rs"),
     ("detection_loss", "src/detect/losses/detection_cuda"),
     ("muon", "src/engine/optim/muon_cuda.rs"),
+    ("nms", "src/detect/nms_cuda"),
     ("optim", "src/engine/optim/cuda.rs"),
     ("task_aligned", "src/detect/losses/detection_cuda"),
 ];

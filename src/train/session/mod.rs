@@ -3,6 +3,7 @@
 
 mod choices;
 mod epoch;
+mod feed;
 mod feeding;
 mod finish;
 mod initial;
@@ -27,7 +28,7 @@ use super::error::TrainError;
 use super::event::{Observer, OutcomeKind, SessionEvent};
 use super::run_folder::{METRIC_NAMES, RunFolder};
 use super::schedule::Schedule;
-use crate::data::{Dataset, Split, TrainLoader, ValLoader};
+use crate::data::{Dataset, Split, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
@@ -182,7 +183,7 @@ struct Run<'r, 'o> {
     ema: Ema,
     schedule: Schedule,
     progress: Progress,
-    loader: TrainLoader,
+    loader: feed::Feed,
     val_split: Split,
     val_loader: ValLoader,
     validation: ValidationArgs,

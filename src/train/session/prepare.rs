@@ -6,17 +6,18 @@ use std::time::Instant;
 use super::choices::{
     check_batch, fresh_progress, keep_choices, loss_config, optimizer, resolve, resolved_args, schedule_spec,
 };
+use super::feed::Feed;
 use super::feeding::{
-    STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, train_loader, validation_args,
-    validation_split,
+    STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, validation_args, validation_split,
 };
 use super::memory::Demand;
 use super::network::{Network, Spare, build};
 use super::reporter::Reporter;
 use super::{Run, SessionSpec, initial, pretrained, save};
-use crate::data::{Split, SplitName};
+use crate::data::{Split, SplitName, ValLoader};
 use crate::detect::losses::detection::LossConfig;
 use crate::engine::optim::Ema;
+use crate::engine::plan::Mode;
 use crate::train::args::Source;
 use crate::train::autobatch::largest_side;
 use crate::train::checkpoint::{self, Checkpoint, Store};
@@ -91,10 +92,16 @@ pub(super) fn prepare<'r, 'o>(
         pretrained::apply(start, &mut network.params, &dataset.names, &args, reporter)?;
     }
     let ema = Ema::new(&network.params.values, &network.params.buffers, Ema::DECAY, Ema::TAU);
-    let loader = train_loader(&args, &train, &resolved, imgsz)?;
     let validation = validation_args(&args, &dataset, &detector, &resolved, imgsz);
     let val_split = validation_split(&dataset, &args)?.clone();
     let val_loader = open_val_loader(&val_split, &validation, &args)?;
+    if Feed::is_on_device(&compute, &args) {
+        // Everything else has its memory before decoded images fill what is left.
+        network.prepare(resolved.batch, imgsz, imgsz, Mode::Train)?;
+        plan_validation(&mut network, &val_loader)?;
+        network.push(&optimizer, &ema)?;
+    }
+    let loader = Feed::open(&compute, &args, &train, resolved.batch, imgsz)?;
     for note in loader.notes().iter().chain(val_loader.notes()) {
         reporter.warn(note.clone());
     }
@@ -139,17 +146,18 @@ pub(super) fn prepare<'r, 'o>(
     Ok(run)
 }
 
+/// Plans the largest validation batch.
+fn plan_validation(network: &mut Network, loader: &ValLoader) -> Result<(), TrainError> {
+    let largest = loader.shapes().iter().copied().max_by_key(|&(h, w)| h * w);
+    largest.map_or(Ok(()), |(h, w)| network.prepare(loader.batch_size(), h, w, Mode::Eval))
+}
+
 impl Run<'_, '_> {
     /// Plans the full training batch and the largest validation batch, so that memory is refused now or never.
     fn first_plans(&mut self) -> Result<(), TrainError> {
-        use crate::engine::plan::Mode;
         let (h, w) = self.loader.input_max();
         self.network.prepare(self.progress.resolved.batch, h, w, Mode::Train)?;
-        let largest = self.val_loader.shapes().iter().copied().max_by_key(|&(h, w)| h * w);
-        if let Some((h, w)) = largest {
-            self.network.prepare(self.val_loader.batch_size(), h, w, Mode::Eval)?;
-        }
-        Ok(())
+        plan_validation(&mut self.network, &self.val_loader)
     }
 
     /// Takes up a checkpoint; what was changed since and cannot be continued exactly is said.
@@ -191,7 +199,7 @@ impl Run<'_, '_> {
     fn report_plan(&mut self, resumed_from: Option<PathBuf>) {
         let resolved = &self.progress.resolved;
         let (h, w) = self.loader.input_max();
-        let shaped = self.network.shaped(resolved.batch, h, w, crate::engine::plan::Mode::Train);
+        let shaped = self.network.shaped(resolved.batch, h, w, Mode::Train);
         let event = SessionEvent::Plan {
             parameters: self.network.params.trainable_count(),
             macs: self.detector.graph.macs(),

@@ -1,12 +1,11 @@
 //! What the kernels of `kernels/detection.cuh` are given, and where everything lies in device memory.
 
-use crate::engine::device::cuda::{FastDivisor, Precision, Tensor};
+use crate::detect::head_cuda::{DeviceHeadLevel, LEVELS_MAX, LevelArgs};
+use crate::engine::device::cuda::{FastDivisor, Precision};
 
 use super::super::detection::LossConfig;
-use super::{DeviceHeadLevel, LossCapacity};
+use super::LossCapacity;
 
-/// Head levels that the kernels take.
-pub(super) const LEVELS_MAX: usize = 5;
 /// Anchors that a box may choose.
 pub(super) const TOPK_MAX: usize = 16;
 /// Units of eight classes that one block of the class term works on.
@@ -15,29 +14,6 @@ const UNITS_PER_BLOCK: usize = 1024;
 const BOX_BLOCKS_PER_IMAGE: usize = 8;
 /// Every array starts at a multiple of this.
 const ALIGNMENT: usize = 256;
-
-const BOXES_VECTOR: u32 = 1;
-const BOX_GRADIENT_VECTOR: u32 = 2;
-const SCORES_VECTOR: u32 = 4;
-const SCORE_GRADIENT_VECTOR: u32 = 8;
-
-/// `struct HeadLevel`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-pub(super) struct LevelArgs {
-    boxes: Tensor,
-    scores: Tensor,
-    box_gradient: Tensor,
-    score_gradient: Tensor,
-    width: FastDivisor,
-    cells: FastDivisor,
-    first: u32,
-    first_unit: u32,
-    stride: u32,
-    flags: u32,
-    box_channels: u32,
-    score_channels: u32,
-}
 
 /// `struct DetectionArgs`.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -208,38 +184,6 @@ impl TargetLayout {
     }
 }
 
-/// Channels of a gradient that are written: the padding too, where the buffer has one.
-fn written_channels(gradient: &Tensor) -> u32 {
-    let padded = gradient.c.next_multiple_of(8);
-    if gradient.pixel_pitch == padded { padded } else { gradient.c }
-}
-
-fn level_args(level: &DeviceHeadLevel, precision: Precision, nc: usize) -> LevelArgs {
-    let flag = |is_set: bool, bit: u32| if is_set { bit } else { 0 };
-    let score_channels = written_channels(&level.score_gradient);
-    let flags = flag(level.boxes.is_aligned(Precision::F32), BOXES_VECTOR)
-        | flag(level.box_gradient.is_aligned(precision), BOX_GRADIENT_VECTOR)
-        | flag(level.scores.is_aligned(Precision::F32) && nc.is_multiple_of(8), SCORES_VECTOR)
-        | flag(
-            level.score_gradient.is_aligned(precision) && score_channels.is_multiple_of(8),
-            SCORE_GRADIENT_VECTOR,
-        );
-    LevelArgs {
-        boxes: level.boxes,
-        scores: level.scores,
-        box_gradient: level.box_gradient,
-        score_gradient: level.score_gradient,
-        width: FastDivisor::new(level.boxes.w.max(1)),
-        cells: FastDivisor::new((level.boxes.h * level.boxes.w).max(1)),
-        first: 0,
-        first_unit: 0,
-        stride: level.stride,
-        flags,
-        box_channels: written_channels(&level.box_gradient),
-        score_channels,
-    }
-}
-
 /// Where the arrays lie: base addresses and layouts.
 pub(super) struct Memory {
     pub workspace: (u64, WorkspaceLayout),
@@ -260,7 +204,7 @@ pub(super) fn arguments(
     let mut table: [LevelArgs; LEVELS_MAX] = bytemuck::Zeroable::zeroed();
     let (mut anchors, mut units) = (0usize, 0usize);
     for (row, level) in table.iter_mut().zip(levels) {
-        *row = level_args(level, precision, nc);
+        *row = LevelArgs::new(level, precision);
         (row.first, row.first_unit) = (anchors as u32, units as u32);
         let cells = (level.boxes.h * level.boxes.w) as usize;
         anchors += cells;

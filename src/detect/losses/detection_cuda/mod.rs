@@ -18,31 +18,17 @@ use self::args::{
 use super::detection::LossConfig;
 use super::dfl;
 use crate::detect::assigners::task_aligned::AssignTarget;
+use crate::detect::head_cuda;
 use crate::detect::targets::Target;
 use crate::engine::device::cuda::{
-    Buffer, Device, DeviceError, Kernel, Launch, PinnedBuffer, Precision, Stream, Tensor,
+    Buffer, Device, DeviceError, Kernel, Launch, PinnedBuffer, Precision, Stream,
 };
 
 pub use self::args::LossResults;
+pub use crate::detect::head_cuda::DeviceHeadLevel;
 
 /// Uploads of targets that may be under way at the same time.
 const STAGES: usize = 4;
-
-/// One level of the head on the device.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceHeadLevel {
-    /// Pixels of the network input per cell.
-    pub stride: u32,
-    /// Box logits, f32 `[n, h, w, 4 * reg_max]`.
-    pub boxes: Tensor,
-    /// Class logits, f32 `[n, h, w, nc]`.
-    pub scores: Tensor,
-    /// Gradient of the box logits, storage type, no border; overwritten. Where the pixel pitch is the channels
-    /// rounded up to eight, the padding is overwritten with zeros.
-    pub box_gradient: Tensor,
-    /// Gradient of the class logits, in the same way.
-    pub score_gradient: Tensor,
-}
 
 /// What a [`DeviceDetectionLoss`] has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -334,24 +320,9 @@ impl DeviceDetectionLoss {
     }
 
     fn check(&self, levels: &[DeviceHeadLevel], n: usize) {
-        let LossConfig { nc, reg_max, .. } = self.config;
         let LossCapacity { max_batch, max_anchors, .. } = self.capacity;
-        assert!((1..=args::LEVELS_MAX).contains(&levels.len()), "{} head levels", levels.len());
         assert!((1..=max_batch).contains(&n), "{n} images, room for {max_batch}");
-        for level in levels {
-            let shape = |t: &Tensor| [t.n, t.h, t.w, t.c];
-            let wanted = |c: usize| [n as u32, level.boxes.h, level.boxes.w, c as u32];
-            for (tensor, c) in [
-                (&level.boxes, 4 * reg_max),
-                (&level.box_gradient, 4 * reg_max),
-                (&level.scores, nc),
-                (&level.score_gradient, nc),
-            ] {
-                assert_eq!(shape(tensor), wanted(c), "a tensor of stride {}", level.stride);
-            }
-            assert!(level.box_gradient.pad == 0 && level.score_gradient.pad == 0, "gradients have no border");
-        }
-        let anchors: usize = levels.iter().map(|level| (level.boxes.h * level.boxes.w) as usize).sum();
+        let anchors = head_cuda::check(levels, n, self.config.nc, self.config.reg_max);
         assert!((1..=max_anchors).contains(&anchors), "{anchors} anchor points, room for {max_anchors}");
     }
 }

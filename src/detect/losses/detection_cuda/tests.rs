@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use super::*;
 use crate::detect::decode::HeadLevel;
 use crate::detect::losses::detection::{DetectionLoss, HeadLevelGrad, LossItems};
+use crate::engine::device::cuda::Tensor;
 use crate::engine::device::cuda::testing::devices;
 use crate::engine::rng::{Rng, Use};
 use crate::engine::tensor::View;
@@ -328,6 +329,22 @@ fn a_captured_step_replays_with_other_boxes() {
                 (results.total - items.total).abs() <= 2e-6 * items.total,
                 "{results:?} against {items:?}"
             );
+        }
+    }
+}
+
+#[test]
+fn terms_without_gradients_are_the_same() {
+    for reg_max in [1, 16] {
+        let case = Case::new(21, 5, reg_max, &GRIDS, &[4, 7]);
+        for device in devices() {
+            let stream = device.stream().expect("a stream");
+            let mut on_device = OnDevice::new(&case, &stream, Precision::F32, false, 1.0);
+            let results = on_device.run(&case, &stream);
+            for level in &mut on_device.levels {
+                *level = DeviceHeadLevel::without_gradients(level.stride, level.boxes, level.scores);
+            }
+            assert_eq!(on_device.run(&case, &stream), results);
         }
     }
 }
