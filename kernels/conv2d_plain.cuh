@@ -397,16 +397,25 @@ template <class T, class Input> DEVI void plain_backward_weight(const PlainWeigh
   }
 }
 
+// 32 neighbouring numbers to a block of 256 threads, which take every eighth split each; then a fixed tree.
 struct PlainSumArgs {
   u64 sums, gradient;  // f32 [split][count]; f32 [count], added to
   u32 splits, count;
 };
 DEVI void plain_add_splits(const PlainSumArgs& args) {
-  const u32 i = blockIdx.x * 256 + threadIdx.x;
-  if (i >= args.count) return;
-  const float* sums = reinterpret_cast<const float*>(args.sums) + i;
+  __shared__ float board[8][32];
+  const u32 lane = threadIdx.x & 31u, slot = threadIdx.x >> 5, i = blockIdx.x * 32 + lane;
   float sum = 0.0f;
+  if (i < args.count) {
+    const float* sums = reinterpret_cast<const float*>(args.sums) + i;
 #pragma unroll 8
-  for (u32 split = 0; split < args.splits; ++split) sum += sums[(u64)split * args.count];
-  reinterpret_cast<float*>(args.gradient)[i] += sum;
+    for (u32 split = slot; split < args.splits; split += 8) sum += sums[(u64)split * args.count];
+  }
+  board[slot][lane] = sum;
+  __syncthreads();
+  for (u32 half = 4; half > 0; half >>= 1) {
+    if (slot < half) board[slot][lane] += board[slot + half][lane];
+    __syncthreads();
+  }
+  if (slot == 0 && i < args.count) reinterpret_cast<float*>(args.gradient)[i] += board[0][lane];
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the stand-ins for the CUDA driver and its compiler, with every kernel compiled as C++ for the emulator
 # (see tests/emulator/README.md). Needs g++. The last line printed is the folder that holds libcuda.so.1 and
-# libnvrtc.so.13; it is $BOXWRIGHT_EMULATOR_DIR, or `emulator` in cargo's target folder.
+# libnvrtc.so.13: $BOXWRIGHT_EMULATOR_DIR, or `emulator` in cargo's target folder, and the same name with `-faults` or
+# `-sanitize` behind it.
 #   scripts/emulator.sh                the kernels of the program
 #   scripts/emulator.sh --faults       the small kernels of the emulator's own tests
 #   scripts/emulator.sh --sanitize     either with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -9,11 +10,10 @@
 set -euo pipefail
 
 sources=kernels
-name=emulator
 sanitize=
 for option in "$@"; do
     case $option in
-        --faults) sources=tests/emulator/faults; name=emulator-faults ;;
+        --faults) sources=tests/emulator/faults ;;
         --sanitize) sanitize=yes ;;
         *) echo "scripts/emulator.sh: unknown option $option" >&2; exit 2 ;;
     esac
@@ -24,8 +24,8 @@ if [ -n "$target" ]; then target=$(mkdir -p "$target" && cd "$target" && pwd); f
 given=${BOXWRIGHT_EMULATOR_DIR:-}
 if [ -n "$given" ]; then given=$(mkdir -p "$given" && cd "$given" && pwd); fi
 cd "$(dirname "$0")/.."
-folder=${target:-$PWD/target}/$name
-if [ -n "$given" ]; then folder=$given/$name; fi
+folder=${given:-${target:-$PWD/target}/emulator}
+if [ "$sources" != kernels ]; then folder=$folder-faults; fi
 if [ -n "$sanitize" ]; then folder=$folder-sanitize; fi
 
 compiler=${CXX:-g++}
@@ -34,10 +34,13 @@ if ! command -v "$compiler" >/dev/null; then
     exit 3
 fi
 flags=(-std=c++17 -O2 -fPIC -pthread -fno-strict-aliasing -ffp-contract=off -fvisibility=hidden)
+# Cheap enough for every build: an address that is not aligned to its type, an index outside of a fixed array.
+kernel_checks=(-fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error)
 if [ -n "$sanitize" ]; then
+    kernel_checks=()
     flags+=(-g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined)
 fi
-kernel_flags=(-x c++ -w -DBOXWRIGHT_EMULATOR -I tests/emulator -I kernels)
+kernel_flags=(-g1 "${kernel_checks[@]}" -x c++ -w -DBOXWRIGHT_EMULATOR -I tests/emulator -I kernels)
 own_flags=(-O3 -Wall -Wextra -Wno-unknown-pragmas -I tests/emulator -I kernels)
 
 mkdir -p "$folder"
@@ -84,7 +87,7 @@ for source in "$sources"/*.cu; do
     objects+=("$folder/kernel_$stem.o")
     start "$kernel_common" "$source" "$folder/kernel_$stem.o" "${kernel_flags[@]}" "-DBOXWRIGHT_STEM=\"$stem\""
 done
-for source in tests/emulator/{emulator,emulated_ptx,driver,driver_memory,driver_streams}.cpp; do
+for source in tests/emulator/{emulator,launches,emulated_ptx,driver,driver_memory,driver_streams,driver_graphs}.cpp; do
     stem=$(basename "$source" .cpp)
     objects+=("$folder/$stem.o")
     start "$own_common" "$source" "$folder/$stem.o" "${own_flags[@]}"

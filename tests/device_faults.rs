@@ -14,7 +14,7 @@ fn job(root: &Path) -> std::path::PathBuf {
     let args = SynthArgs { images: 4, val_images: 2, imgsz: 64, seed: 3, ..SynthArgs::default() };
     write_dataset(&data, &args).expect("a dataset");
     let text = format!(
-        "task_id: fault\nmodel: yolov8n\ntrain:\n  data: {}\n  epochs: 1\n  batch: 2\n  imgsz: 64\n  workers: 1\n  plots: false\n",
+        "task_id: fault\ntype: yolo\nmodel: yolov8n\ntrain:\n  data: {}\n  epochs: 1\n  batch: 2\n  imgsz: 64\n  workers: 1\n  plots: false\n",
         data.display()
     );
     let path = root.join("fault.yaml");
@@ -64,6 +64,7 @@ fn an_old_chip_and_a_missing_one_are_refused_in_a_sentence() {
     let (code, text) = said(&train(root.path(), "chip=61", "cuda"));
     assert_ne!(code, Some(0), "{text}");
     assert!(text.contains("compute capability 6.1") && text.contains("7.5"), "{text}");
+    let root = tempfile::tempdir().expect("a folder");
     let (code, text) = said(&train(root.path(), "chip=90", "cuda:5"));
     assert_ne!(code, Some(0), "{text}");
     assert!(text.contains("cuda:5"), "{text}");

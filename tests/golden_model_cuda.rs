@@ -15,8 +15,8 @@ use boxwright::engine::plan::{Mode, Plan};
 use common::emulator::device;
 use common::tiny::{Tiny, nchw_to_nhwc, targets};
 use common::tolerances::{
-    HALF_GRADIENT_REL_L2, HALF_LOSS, HALF_OUTPUT_REL_L2, MODEL_FORWARD, MODEL_GRADIENT_FLOOR,
-    MODEL_GRADIENT_REL_L2, MODEL_LOSS, OPTIMISER, RUNNING_STATISTICS,
+    BF16_GRADIENT_REL_L2, F16_GRADIENT_REL_L2, HALF_LOSS, HALF_OUTPUT_REL_L2, MODEL_FORWARD,
+    MODEL_GRADIENT_FLOOR, MODEL_GRADIENT_REL_L2, MODEL_LOSS, OPTIMISER, RUNNING_STATISTICS,
 };
 use common::{assert_close, assert_rel_l2};
 
@@ -168,27 +168,24 @@ fn golden_model_loss_and_every_gradient_on_the_device() {
 fn golden_model_in_sixteen_bits_stays_near() {
     for precision in [Precision::Bf16, Precision::F16] {
         let mut f = OnDevice::open(precision);
+        let name = |what: &str| format!("{what} in {}", precision.suffix());
+        // The outputs give their memory back during the backward pass, so they are looked at before it.
+        f.executor.forward(&f.tiny.model.graph, &f.train, &f.params).expect("launches");
+        for (branch, array) in ["train.boxes", "train.scores"].into_iter().enumerate() {
+            let expected = f.tiny.golden.f32(array);
+            assert_rel_l2(&name(array), &f.joined(&f.train, branch), &expected, HALF_OUTPUT_REL_L2, 0.0);
+        }
         let items = f.step();
         let golden = &f.tiny.golden;
-        let name = |what: &str| format!("{what} in {}", precision.suffix());
         let got = [items.box_, items.cls, items.dfl];
         assert_close(&name("loss.items"), &got, &golden.f32("loss.items"), HALF_LOSS);
-        for (branch, array) in ["train.boxes", "train.scores"].into_iter().enumerate() {
-            // The step left the outputs where they were written.
-            assert_rel_l2(
-                &name(array),
-                &f.joined(&f.train, branch),
-                &golden.f32(array),
-                HALF_OUTPUT_REL_L2,
-                0.0,
-            );
-        }
         let mut all = (Vec::new(), Vec::new());
         for array in golden.with_prefix("grad.").iter().filter(|a| !a.contains(".dfl.")) {
             all.0.extend(f.tiny.params.export_grad(&array["grad.".len()..]).expect("a parameter").1);
             all.1.extend(golden.f32(array));
         }
-        assert_rel_l2(&name("all gradients"), &all.0, &all.1, HALF_GRADIENT_REL_L2, 0.0);
+        let allowed = if precision == Precision::F16 { F16_GRADIENT_REL_L2 } else { BF16_GRADIENT_REL_L2 };
+        assert_rel_l2(&name("all gradients"), &all.0, &all.1, allowed, 0.0);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::engine::device::cuda::DeviceError;
 use crate::yaml::{Faults, YamlError};
 
 /// Why a dataset cannot be used, or an image cannot be had.
@@ -123,6 +124,9 @@ pub enum DataError {
         /// How long was waited.
         seconds: u64,
     },
+    /// The GPU refuses memory for training images, or fails while making them.
+    #[error("training images cannot be made on the GPU")]
+    Device(#[from] DeviceError),
 }
 
 impl DataError {

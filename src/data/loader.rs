@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::augment::letterbox::{Fit, Letterbox};
-use super::augment::{AugmentArgs, Composer, PixelBox, PlanContext, SamplePlan, Source, copy_paste};
+use super::augment::{AugmentArgs, Composer, PixelBox, Source};
 use super::cache::{CacheArgs, ImageStore};
 use super::dataset::Split;
 use super::pool::{Build, Pool};
 use super::rect::{self, RectPlan};
+use super::training::{TrainEpoch, TrainSet, push_targets};
 use super::{Batch, DataError, Geometry, Image};
 use crate::detect::targets::Target;
-use crate::engine::rng::{Rng, Use};
 
 /// Most threads of one loader.
 pub const WORKERS_MAX: usize = 64;
@@ -62,7 +62,7 @@ impl Default for LoaderArgs {
 }
 
 impl LoaderArgs {
-    fn check(&self) -> Result<(), DataError> {
+    pub(super) fn check(&self) -> Result<(), DataError> {
         let fail =
             |key, value: usize, allowed| Err(DataError::Option { key, value: value.to_string(), allowed });
         if self.imgsz == 0 || self.imgsz > 8192 {
@@ -84,12 +84,13 @@ impl LoaderArgs {
 }
 
 /// Images of a split with their boxes.
-struct Samples {
-    store: ImageStore,
+pub(super) struct Samples {
+    pub store: ImageStore,
 }
 
 impl Samples {
-    fn boxes(&self, index: u32, height: usize, width: usize) -> Vec<PixelBox> {
+    /// Boxes of an image in pixels of that image scaled to `height` x `width`.
+    pub fn boxes(&self, index: u32, height: usize, width: usize) -> Vec<PixelBox> {
         self.store.samples()[index as usize]
             .labels
             .iter()
@@ -117,20 +118,7 @@ impl Source for SampleSource<'_> {
     }
 }
 
-struct TrainBuild {
-    samples: Samples,
-    args: LoaderArgs,
-    augment: AugmentArgs,
-    rect: Option<RectPlan>,
-}
-
-struct TrainEpoch {
-    number: u32,
-    order: Vec<u32>,
-    augment: AugmentArgs,
-}
-
-impl Build for TrainBuild {
+impl Build for TrainSet {
     type Epoch = TrainEpoch;
     type Scratch = Composer;
 
@@ -141,28 +129,19 @@ impl Build for TrainBuild {
         composer: &mut Composer,
         out: &mut Batch,
     ) -> Result<(), DataError> {
-        let first = index * self.args.batch;
-        let positions = first..(first + self.args.batch).min(epoch.order.len());
-        let (h, w) = self.rect.as_ref().map_or((self.args.imgsz, self.args.imgsz), |plan| plan.shapes[index]);
+        let positions = self.positions(epoch, index);
+        let (h, w) = self.shape(index);
         out.reset(positions.len(), h, w);
         let mut images = std::mem::take(&mut out.images);
         for (i, (position, pixels)) in positions.zip(images.chunks_exact_mut(h * w * 3)).enumerate() {
-            let context = PlanContext {
-                seed: self.args.seed,
-                epoch: epoch.number,
-                order: &epoch.order,
-                position,
-                imgsz: self.args.imgsz,
-                out_hw: (h, w),
-            };
-            let plan = SamplePlan::draw(&epoch.augment, &context);
+            let plan = self.draw(epoch, position, (h, w));
             let own = epoch.order[position];
             let source = SampleSource {
                 samples: &self.samples,
                 decode_always: self.args.decode_always.then_some(own),
             };
             let boxes = composer.compose(&plan, self.args.imgsz, (h, w), &source, pixels)?;
-            push_targets(out, i, &boxes);
+            push_targets(&mut out.targets, i, (h, w), &boxes);
             out.samples.push(own);
             out.geometry.push(Geometry {
                 orig_h: h as u32,
@@ -185,19 +164,9 @@ impl Build for TrainBuild {
     }
 }
 
-/// Appends the boxes of image `i` of the batch as targets.
-fn push_targets(out: &mut Batch, i: usize, boxes: &[PixelBox]) {
-    let (w, h) = (out.w as f32, out.h as f32);
-    out.targets.extend(boxes.iter().map(|b| Target {
-        image: i as u32,
-        class: b.class,
-        cxcywh: b.cxcywh(w, h),
-    }));
-}
-
 /// Augmented batches of the training split, shuffled anew each epoch.
 pub struct TrainLoader {
-    pool: Pool<TrainBuild>,
+    pool: Pool<TrainSet>,
     notes: Vec<String>,
     waited: Duration,
 }
@@ -209,23 +178,8 @@ impl TrainLoader {
     /// # Errors
     /// [`DataError::Option`] when an argument is out of range.
     pub fn new(split: &Split, args: LoaderArgs, augment: AugmentArgs) -> Result<TrainLoader, DataError> {
-        args.check()?;
-        augment.check()?;
-        let mut args = args;
-        args.batch = args.batch.min(split.len().max(1));
-        let mut notes: Vec<String> = copy_paste::note(&augment).into_iter().collect();
-        let mut augment = augment;
-        let rect = args.rect.then(|| {
-            if augment.mosaic > 0.0 {
-                notes.push("rect: mosaic is off and images are not shuffled".to_owned());
-                augment.mosaic = 0.0;
-            }
-            rect::plan(&sizes_of(split), args.batch, args.imgsz, args.stride, 0.0)
-        });
-        let (store, note) = ImageStore::new(Arc::clone(&split.samples), args.imgsz, &args.cache);
-        notes.extend(note);
-        let build = TrainBuild { samples: Samples { store }, args: args.clone(), augment, rect };
-        Ok(TrainLoader { pool: args.pool(build), notes, waited: Duration::ZERO })
+        let (set, notes) = TrainSet::new(split, args.clone(), augment)?;
+        Ok(TrainLoader { pool: args.pool(set), notes, waited: Duration::ZERO })
     }
 
     /// Things a user should know: keys without effect, caches that do not fit.
@@ -235,8 +189,7 @@ impl TrainLoader {
 
     /// Batches per epoch; the last may be smaller.
     pub fn batches(&self) -> usize {
-        let build = self.pool.build();
-        build.samples.store.samples().len().div_ceil(build.args.batch)
+        self.pool.build().batches()
     }
 
     /// Images per batch after the cap.
@@ -246,34 +199,20 @@ impl TrainLoader {
 
     /// An upper bound on the boxes of one sample: mosaics hold four images, mixup and cutmix add a partner's.
     pub fn boxes_per_image_max(&self) -> usize {
-        let build = self.pool.build();
-        let most = build.samples.store.samples().iter().map(|s| s.labels.len()).max().unwrap_or(0);
-        let partners = 1 + usize::from(build.augment.mixup > 0.0) + usize::from(build.augment.cutmix > 0.0);
-        most * if build.augment.mosaic > 0.0 { 4 } else { 1 } * partners
+        self.pool.build().boxes_per_image_max()
     }
 
     /// The largest height and width of a batch.
     pub fn input_max(&self) -> (usize, usize) {
-        let build = self.pool.build();
-        let square = (build.args.imgsz, build.args.imgsz);
-        build.rect.as_ref().map_or(square, |plan| largest(&plan.shapes))
+        self.pool.build().input_max()
     }
 
     /// Begins epoch `epoch` (from 0) at batch `first_batch`. With `close_mosaic`, mosaic, mixup, cutmix and copy-paste
     /// are off for this epoch. Batches of an earlier epoch that were not taken are dropped.
     pub fn start_epoch(&mut self, epoch: u32, first_batch: usize, close_mosaic: bool) {
-        let build = self.pool.build();
-        let order = build.rect.as_ref().map_or_else(
-            || {
-                let mut order: Vec<u32> = (0..build.samples.store.samples().len() as u32).collect();
-                Rng::new(build.args.seed, Use::Shuffle, epoch, 0).shuffle(&mut order);
-                order
-            },
-            |plan| plan.order.clone(),
-        );
-        let augment = if close_mosaic { build.augment.closed() } else { build.augment.clone() };
-        let batches = self.batches();
-        self.pool.start(TrainEpoch { number: epoch, order, augment }, first_batch.min(batches), batches);
+        let set = self.pool.build();
+        let (epoch, batches) = (set.epoch(epoch, close_mosaic), set.batches());
+        self.pool.start(epoch, first_batch.min(batches), batches);
     }
 
     /// The next batch; `None` at the end of the epoch.
@@ -417,10 +356,10 @@ impl ValLoader {
     }
 }
 
-fn sizes_of(split: &Split) -> Vec<(u32, u32)> {
+pub(super) fn sizes_of(split: &Split) -> Vec<(u32, u32)> {
     split.samples.iter().map(|s| (s.height, s.width)).collect()
 }
 
-fn largest(shapes: &[(usize, usize)]) -> (usize, usize) {
+pub(super) fn largest(shapes: &[(usize, usize)]) -> (usize, usize) {
     shapes.iter().fold((0, 0), |(h, w), shape| (h.max(shape.0), w.max(shape.1)))
 }

@@ -30,14 +30,14 @@ pub fn resize_into(
     assert_eq!(out.len(), height * width * 3, "destination bytes");
     let mut taps = Taps::default();
     taps.set((0..width).map(|x| {
-        let (x0, weight) = split(place(x, width, source_w), f64::from(HORIZONTAL_ONE));
+        let (x0, weight) = column_of(x, width, source_w);
         Tap { offset: 3 * x0 as u32, weight: weight as i16 }
     }));
     let pitch = source_w * 3;
     // The last pixel is repeated once, so that the right neighbour of the last column exists.
     let mut row = vec![0i16; pitch + 3 + ROW_SPARE];
     for (y, out) in out.chunks_exact_mut(width * 3).enumerate() {
-        let (y0, weight) = split(place(y, height, source_h), f64::from(VERTICAL_ONE));
+        let (y0, weight) = row_of(y, height, source_h);
         let y0 = y0 as usize;
         let y1 = (y0 + 1).min(source_h - 1);
         blend(&source[y0 * pitch..][..pitch], &source[y1 * pitch..][..pitch], weight as u16, &mut row);
@@ -49,6 +49,16 @@ pub fn resize_into(
 /// Where output pixel `i` of `out` lies on a source of `source` pixels, clamped to the first and last centres.
 fn place(i: usize, out: usize, source: usize) -> f64 {
     ((i as f64 + 0.5) * source as f64 / out as f64 - 0.5).clamp(0.0, (source - 1) as f64)
+}
+
+/// The source column at or before column `x` of `width`, and the weight of the next in units of 1 / 2048.
+pub(super) fn column_of(x: usize, width: usize, source_w: usize) -> (f64, f64) {
+    split(place(x, width, source_w), f64::from(HORIZONTAL_ONE))
+}
+
+/// The same for rows, in units of 1 / 256.
+pub(super) fn row_of(y: usize, height: usize, source_h: usize) -> (f64, f64) {
+    split(place(y, height, source_h), f64::from(VERTICAL_ONE))
 }
 
 /// Size of an image loaded for a network input of `imgsz`: the long side becomes `imgsz`, the other

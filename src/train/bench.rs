@@ -65,7 +65,7 @@ impl StepTrainer {
     /// # Errors
     /// A fault of the device.
     pub fn step(&mut self, batch: &Batch) -> Result<f64, TrainError> {
-        self.network.train(batch)?;
+        self.network.train(batch, None)?;
         let update = Instant::now();
         self.network.update(&mut self.optimizer, &mut self.ema, 10.0)?;
         Ok(update.elapsed().as_secs_f64())

@@ -76,6 +76,9 @@ pub struct Resolved {
     pub model: String,
     /// Images per batch.
     pub batch: usize,
+    /// Batches whose gradients make up one that was asked for and did not fit; usually 1.
+    #[serde(default = "one")]
+    pub passes: usize,
     /// Images per batch that the configuration asked for; 0 for an automatic choice.
     pub asked_batch: usize,
     /// Name of the optimiser.
@@ -86,6 +89,17 @@ pub struct Resolved {
     pub momentum: f64,
     /// Start of the biases' warm-up.
     pub warmup_bias_lr: f64,
+}
+
+fn one() -> usize {
+    1
+}
+
+impl Resolved {
+    /// Images whose gradients are summed at least before a step.
+    pub fn step_images(&self) -> usize {
+        self.batch * self.passes
+    }
 }
 
 /// Everything a run is, at one point between two batches.

@@ -8,6 +8,7 @@ fn sample(iteration: u64) -> Checkpoint {
         progress: Progress {
             fingerprint: "abc".into(),
             resolved: Resolved {
+                passes: 1,
                 model: "yolov8n".into(),
                 batch: 4,
                 asked_batch: 4,

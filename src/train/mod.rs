@@ -1,6 +1,7 @@
 //! One training session: arguments, the loop, schedules, checkpoints, the run folder.
 
 pub mod args;
+pub mod autobatch;
 pub mod bench;
 pub mod checkpoint;
 pub mod child;

@@ -30,6 +30,7 @@ pub struct ScheduleSpec {
 pub struct Schedule {
     spec: ScheduleSpec,
     warmup_batches: usize,
+    passes: usize,
 }
 
 impl Schedule {
@@ -37,7 +38,7 @@ impl Schedule {
     pub fn new(spec: ScheduleSpec) -> Schedule {
         let epochs = spec.warmup_epochs.min(f64::from(spec.epochs.saturating_sub(1)));
         let warmup_batches = (epochs.max(0.0) * spec.batches as f64).round_ties_even() as usize;
-        Schedule { spec, warmup_batches }
+        Schedule { spec, warmup_batches, passes: 1 }
     }
 
     /// Epochs of the run.
@@ -49,6 +50,12 @@ impl Schedule {
     /// the length it had.
     pub fn with_epochs(mut self, epochs: u32) -> Schedule {
         self.spec.epochs = epochs;
+        self
+    }
+
+    /// The same schedule for batches that each run as so many passes, which are what the epoch counts.
+    pub fn with_passes(mut self, passes: usize) -> Schedule {
+        self.passes = passes.max(1);
         self
     }
 
@@ -69,15 +76,16 @@ impl Schedule {
         }
     }
 
-    /// Batches to accumulate at iteration `ni = batch + batches * epoch`.
+    /// Passes to accumulate at iteration `ni = batch + batches * epoch`.
     pub fn accumulate_at(&self, ni: u64) -> usize {
-        match self.warming(ni) {
+        let batches = match self.warming(ni) {
             Some(share) => {
                 let wanted = 1.0 + share * (self.spec.accumulate as f64 - 1.0);
                 (wanted.round_ties_even() as usize).max(1)
             }
             None => self.spec.accumulate,
-        }
+        };
+        batches * self.passes
     }
 
     /// Writes the learning rates and momenta of `batch` in `epoch` into the groups.
@@ -208,5 +216,13 @@ mod tests {
         s.apply(4, 4, &mut groups, true);
         assert_eq!((first.lr, first.momentum), (groups[0].lr, groups[0].momentum));
         assert!((groups[0].lr - 0.01 * s.factor(4)).abs() < 1e-15);
+    }
+
+    #[test]
+    fn a_batch_that_was_cut_steps_after_whole_batches() {
+        let cut = Schedule::new(spec()).with_passes(4);
+        for ni in [0, 1, 7, 100, 1000] {
+            assert_eq!(cut.accumulate_at(ni), 4 * Schedule::new(spec()).accumulate_at(ni));
+        }
     }
 }

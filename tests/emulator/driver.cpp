@@ -23,6 +23,7 @@ std::set<const void*>& handles() {
   static auto* all = new std::set<const void*>();
   return *all;
 }
+constexpr size_t DEVICES_MAX = 64;
 std::atomic<bool> initialised{false};
 thread_local std::vector<Context*> context_stack;
 
@@ -70,12 +71,23 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
+void add_device() {
+  auto device = std::make_unique<Device>();
+  device->number = (int)devices().size();
+  device->context = Context{device.get(), 0, SUCCESS};
+  devices().push_back(std::move(device));
+}
+
 // Words for one device, or for all (`device` null). False at the first that is not understood.
 bool set_words(Device* device, const std::string& words) {
   for (const std::string& word : split(words, ',')) {
     if (word.empty()) continue;
     const size_t equals = word.find('=');
     const std::string key = word.substr(0, equals), value = equals == std::string::npos ? "" : word.substr(equals + 1);
+    if (key == "devices") {
+      while (devices().size() < (size_t)atoi(value.c_str()) && devices().size() < DEVICES_MAX) add_device();
+      continue;
+    }
     if (key == "device") {
       device = device_at(atoi(value.c_str()));
       if (!device) return false;
@@ -98,13 +110,9 @@ void make_devices() {
   if (!devices().empty()) return;
   const char* text = getenv("BOXWRIGHT_EMULATOR");
   const std::vector<std::string> sections = split(text ? text : "", ';');
-  for (size_t i = 0; i < sections.size(); ++i) {
-    auto device = std::make_unique<Device>();
-    device->number = (int)i;
-    device->context = Context{device.get(), 0, SUCCESS};
-    devices().push_back(std::move(device));
-  }
-  for (size_t i = 0; i < sections.size(); ++i) set_words(devices()[i].get(), sections[i]);
+  devices().reserve(DEVICES_MAX);  // so that other threads can look while devices are added
+  for (size_t i = 0; i < sections.size() && i < DEVICES_MAX; ++i) add_device();
+  for (size_t i = 0; i < devices().size(); ++i) set_words(devices()[i].get(), sections[i]);
 }
 
 Result use_device(int number, Device*& device) {

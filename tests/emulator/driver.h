@@ -175,9 +175,21 @@ std::string overrun(Device* device);
 Result submit(Stream* stream, Operation operation);
 // Everything that was submitted has happened afterwards. A null stream means all streams of the context.
 Result finish(Context* context, Stream* stream);
-// The answer to a call that a capture under way forbids.
-Result unsafe_while_capturing();
+// Every stream of every context does what it was given.
+void drain_all();
 // `SUCCESS` and the stream that a handle names; the default stream is null.
 Result find_stream(void* handle, Stream*& stream);
+
+// ---- driver_graphs.cpp ---------------------------------------------------------------------------------------------
+
+// The answer to a call that a capture under way forbids.
+Result unsafe_while_capturing();
+// The same for work on the default stream.
+Result default_stream_while_capturing(const Context* context);
+void invalidate(Capture* capture);
+// Appends to the graph that the stream is capturing.
+void note(Stream* stream, Operation operation);
+// A captured event: the waiting stream becomes part of the capture, or joins it again.
+Result await_captured(Stream* stream, Event* event);
 
 }  // namespace driver

@@ -21,14 +21,20 @@ namespace driver {
 namespace {
 
 constexpr size_t PAGE = 4096, ALIGNMENT = 256;
-// NaN as f32, bf16 and f16, and nothing that arithmetic gives.
-constexpr u8 PATTERN[2] = {0xf7, 0xff};
+// Around an allocation: NaN as f32, bf16 and f16. Another one for each allocation, since a kernel that goes too far in
+// its source and its target alike may copy it.
+u8 pattern(u8 mark, i64 at) { return at & 1 ? 0xff : mark; }
+u8 next_mark() {
+  static std::atomic<u32> count{0};
+  return (u8)(0xc1 + count.fetch_add(1) % 61);
+}
 
 struct Allocation {
   Device* device;
   size_t bytes;
   u8* mapping;
   size_t mapping_bytes;
+  u8 mark;
 };
 struct Pinned {
   size_t bytes;
@@ -69,8 +75,8 @@ u8* map_allocation(size_t bytes, bool poison, Allocation& a) {
   }
   u8* data = first + (usable - round_up(bytes, ALIGNMENT));
   if (poison) memset(data, 0xff, bytes);
-  for (u8* p = first; p < data; ++p) *p = PATTERN[(p - first) & 1];
-  for (u8* p = data + bytes; p < first + usable; ++p) *p = PATTERN[(p - first) & 1];
+  for (u8* p = first; p < data; ++p) *p = pattern(a.mark, p - first);
+  for (u8* p = data + bytes; p < first + usable; ++p) *p = pattern(a.mark, p - first);
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_POISON_MEMORY_REGION(first, data - first);
   ASAN_POISON_MEMORY_REGION(data + bytes, first + usable - (data + bytes));
@@ -87,10 +93,10 @@ bool written_around(u64 address, const Allocation& a, i64& where) {
   const u8* data = (const u8*)address;
   const u8* end = a.mapping + a.mapping_bytes - PAGE;
   for (const u8* p = first; p < data; ++p) {
-    if (*p != PATTERN[(p - first) & 1]) return where = p - data, true;
+    if (*p != pattern(a.mark, p - first)) return where = p - data, true;
   }
   for (const u8* p = data + a.bytes; p < end; ++p) {
-    if (*p != PATTERN[(p - first) & 1]) return where = p - data, true;
+    if (*p != pattern(a.mark, p - first)) return where = p - data, true;
   }
   return false;
 }
@@ -117,7 +123,7 @@ Result allocate(u64* address, size_t bytes) {
     device->allocations += 1;
     if (device->allocated_bytes > device->peak_bytes) device->peak_bytes = device->allocated_bytes;
   }
-  Allocation a{device, bytes, nullptr, 0};
+  Allocation a{device, bytes, nullptr, 0, next_mark()};
   u8* data = map_allocation(bytes, b.run.poison, a);
   if (!data) {
     std::lock_guard<std::mutex> guard(device->lock);

@@ -1,7 +1,7 @@
-// The stand-in driver's streams, events, launches and graphs.
+// The stand-in driver's streams, events and launches.
 //
 // A stream does what it is given at once, or, with `streams=late`, only when somebody waits for it: what the host
-// has not ordered then really runs in another order. Graphs are lists of operations in the order of capture.
+// has not ordered then really runs in another order.
 #include <stdio.h>
 
 #include <algorithm>
@@ -19,19 +19,6 @@ std::vector<Stream*>& streams() {
   static auto* all = new std::vector<Stream*>();
   return *all;
 }
-std::vector<Capture*>& captures() {
-  static auto* all = new std::vector<Capture*>();
-  return *all;
-}
-// 0 global, 1 thread, 2 relaxed: what this thread may do while somebody captures.
-thread_local int capture_mode = 0;
-
-u64 thread_number() {
-  static std::atomic<u64> last{0};
-  thread_local const u64 number = ++last;
-  return number;
-}
-
 i64 nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -142,15 +129,6 @@ Result run_event(Stream* stream, const Operation& operation) {
   return drain_until(event->stream, event, operation.generation);
 }
 
-void invalidate(Capture* capture) { capture->invalid = true; }
-
-void note(Stream* stream, Operation operation) {
-  Capture* capture = stream->capture;
-  capture->graph->operations.push_back(std::move(operation));
-  ++stream->captured;
-  if (stream != capture->origin) stream->unjoined = true;
-}
-
 Result check_launch(const Function* function, const Operation& o) {
   const Device* device = function->module->context->device;
   const auto refuse = [&](const std::string& reason) {
@@ -210,25 +188,6 @@ Result launch_function(Function* function, dim3 grid, dim3 block, u32 shared_byt
   return submit(stream, std::move(o));
 }
 
-// A captured event: the waiting stream becomes part of the capture, or joins it again.
-Result await_captured(Stream* stream, Event* event) {
-  Capture* capture = event->capture;
-  if (stream->capture && stream->capture != capture) return CAPTURE_ISOLATION;
-  if (!stream->capture) {
-    stream->capture = capture;
-    stream->captured = 0, stream->unjoined = true;
-    capture->joined.push_back(stream);
-  }
-  Stream* other = event->captured_on;
-  if (other != stream && other->captured == event->captured_at) other->unjoined = false;
-  return SUCCESS;
-}
-
-void leave_capture(Stream* stream) {
-  stream->capture = nullptr;
-  stream->captured = 0, stream->unjoined = false;
-}
-
 }  // namespace
 
 Result find_stream(void* handle, Stream*& stream) {
@@ -237,32 +196,11 @@ Result find_stream(void* handle, Stream*& stream) {
   return !stream || has_handle(stream) ? SUCCESS : INVALID_HANDLE;
 }
 
-Result unsafe_while_capturing() {
-  std::lock_guard<std::recursive_mutex> guard(tables());
-  if (capture_mode == 2) return SUCCESS;
-  for (Capture* capture : captures()) {
-    const bool mine = capture->thread == thread_number();
-    if (capture->mode == 0 ? capture_mode == 0 || mine : capture->mode == 1 && mine) {
-      invalidate(capture);
-      return CAPTURE_UNSUPPORTED;
-    }
-  }
-  return SUCCESS;
-}
-
 Result submit(Stream* stream, Operation operation) {
   Context* context;
   if (const Result r = use_context(context)) return r;
   if (!stream) {
-    {
-      std::lock_guard<std::recursive_mutex> guard(tables());
-      for (Capture* capture : captures()) {
-        if (capture->origin->blocking && capture->origin->context == context) {
-          invalidate(capture);
-          return CAPTURE_IMPLICIT;
-        }
-      }
-    }
+    if (const Result r = default_stream_while_capturing(context)) return r;
     // The default stream waits for every blocking stream, and everything waits for it.
     std::vector<Stream*> before;
     {
@@ -311,6 +249,15 @@ Result finish(Context* context, Stream* stream) {
     if (const Result r = drain(each)) return r;
   }
   return context->error;
+}
+
+void drain_all() {
+  std::vector<Stream*> all;
+  {
+    std::lock_guard<std::recursive_mutex> guard(tables());
+    all = streams();
+  }
+  for (Stream* each : all) drain(each);
 }
 
 }  // namespace driver
@@ -489,129 +436,4 @@ EXPORT int cuLaunchKernelEx(const LaunchConfiguration* c, Function* function, vo
 // Blocks run one after another here, so a barrier of the whole grid cannot be.
 EXPORT int cuLaunchCooperativeKernel(Function*, u32, u32, u32, u32, u32, u32, u32, void*, void**) {
   return NOT_SUPPORTED;
-}
-
-// ---- graphs ----------------------------------------------------------------------------------------------------
-
-EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
-  std::swap(*mode, capture_mode);
-  return SUCCESS;
-}
-EXPORT int cuStreamBeginCapture_v2(void* handle, int mode) {
-  Context* context;
-  if (const Result r = use_context(context)) return r;
-  Stream* stream;
-  if (const Result r = find_stream(handle, stream)) return r;
-  if (!stream) return CAPTURE_UNSUPPORTED;
-  if (stream->capture) return 401;  // illegal state
-  static std::atomic<u64> last{0};
-  std::lock_guard<std::recursive_mutex> guard(tables());
-  stream->capture = new Capture{new Graph{context, {}}, stream, mode, thread_number(), ++last, false, {}};
-  stream->captured = 0, stream->unjoined = false;
-  captures().push_back(stream->capture);
-  return SUCCESS;
-}
-EXPORT int cuStreamEndCapture(void* handle, Graph** graph) {
-  Context* context;
-  if (const Result r = use_context(context)) return r;
-  Stream* stream;
-  if (const Result r = find_stream(handle, stream)) return r;
-  *graph = nullptr;
-  std::lock_guard<std::recursive_mutex> guard(tables());
-  if (!stream || !stream->capture) return 401;  // illegal state
-  Capture* capture = stream->capture;
-  if (capture->origin != stream) return CAPTURE_UNMATCHED;
-  if (capture->mode != 2 && capture->thread != thread_number()) return 908;  // another thread began it
-  Result result = capture->invalid ? CAPTURE_INVALIDATED : SUCCESS;
-  for (Stream* joined : capture->joined) {
-    if (!result && joined->unjoined) result = CAPTURE_UNJOINED;
-    leave_capture(joined);
-  }
-  leave_capture(stream);
-  captures().erase(std::find(captures().begin(), captures().end(), capture));
-  if (result) {
-    delete capture->graph;
-  } else {
-    add_handle(capture->graph);
-    *graph = capture->graph;
-  }
-  return result;  // the capture itself stays: an event may still name it
-}
-EXPORT int cuStreamIsCapturing(void* handle, int* status) {
-  Stream* stream;
-  if (const Result r = find_stream(handle, stream)) return r;
-  *status = !stream || !stream->capture ? 0 : stream->capture->invalid ? 2 : 1;
-  return SUCCESS;
-}
-EXPORT int cuStreamGetCaptureInfo_v2(void* handle, int* status, u64* number, Graph** graph, const void** dependencies,
-                                     size_t* dependency_count) {
-  Stream* stream;
-  if (const int r = cuStreamIsCapturing(handle, status)) return r;
-  find_stream(handle, stream);
-  if (*status == 1) {
-    if (number) *number = stream->capture->number;
-    if (graph) *graph = stream->capture->graph;
-    if (dependencies) *dependencies = nullptr;
-    if (dependency_count) *dependency_count = 0;
-  }
-  return SUCCESS;
-}
-EXPORT int cuStreamGetCaptureInfo_v3(void* handle, int* status, u64* number, Graph** graph, const void** dependencies,
-                                     const void** edges, size_t* dependency_count) {
-  if (edges) *edges = nullptr;
-  return cuStreamGetCaptureInfo_v2(handle, status, number, graph, dependencies, dependency_count);
-}
-EXPORT int cuGraphCreate(Graph** graph, u32) {
-  Context* context;
-  if (const Result r = use_context(context)) return r;
-  *graph = new Graph{context, {}};
-  add_handle(*graph);
-  return SUCCESS;
-}
-EXPORT int cuGraphGetNodes(Graph* graph, void** nodes, size_t* count) {
-  if (!has_handle(graph)) return INVALID_HANDLE;
-  const size_t all = graph->operations.size();
-  if (nodes) {
-    for (size_t i = 0; i < *count; ++i) nodes[i] = i < all ? &graph->operations[i] : nullptr;
-    *count = std::min(*count, all);
-  } else {
-    *count = all;
-  }
-  return SUCCESS;
-}
-EXPORT int cuGraphDestroy(Graph* graph) {
-  if (!drop_handle(graph)) return INVALID_HANDLE;
-  delete graph;
-  return SUCCESS;
-}
-EXPORT int cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, u64) {
-  Context* context;
-  if (const Result r = use_context(context)) return r;
-  if (!has_handle(graph)) return INVALID_HANDLE;
-  *executable = new Graph(*graph);
-  add_handle(*executable);
-  return SUCCESS;
-}
-EXPORT int cuGraphInstantiateWithParams(Graph** executable, Graph* graph, void*) {
-  return cuGraphInstantiateWithFlags(executable, graph, 0);
-}
-EXPORT int cuGraphExecDestroy(Graph* executable) {
-  if (!drop_handle(executable)) return INVALID_HANDLE;
-  for (Stream* stream : std::vector<Stream*>(streams())) drain(stream);  // it may still wait there
-  delete executable;
-  return SUCCESS;
-}
-EXPORT int cuGraphUpload(Graph* executable, void*) { return has_handle(executable) ? SUCCESS : INVALID_HANDLE; }
-EXPORT int cuGraphLaunch(Graph* executable, void* handle) {
-  Context* context;
-  if (const Result r = use_context(context)) return r;
-  Stream* stream;
-  if (const Result r = find_stream(handle, stream)) return r;
-  if (!has_handle(executable)) return INVALID_HANDLE;
-  for (const Operation& operation : executable->operations) {
-    if (const Result r = submit(stream, operation)) return r;
-  }
-  std::lock_guard<std::mutex> guard(context->device->lock);
-  ++context->device->graph_launches;
-  return SUCCESS;
 }

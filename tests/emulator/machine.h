@@ -35,6 +35,7 @@ struct Launch {
 struct Outcome {
   std::string failure;
   bool bad_address = false;
+  u64 instruction = 0;  // where the hardware objected, if it did
 };
 Outcome run(const Launch& launch, const Settings& settings, Counters& counters);
 

@@ -1,4 +1,4 @@
-// The scheduler's state, shared by `emulator.cpp` and `emulated_ptx.cpp`.
+// The scheduler's state, shared by `emulator.cpp`, `launches.cpp` and `emulated_ptx.cpp`.
 #pragma once
 
 #include "machine.h"
@@ -50,6 +50,18 @@ struct Machine {
   Outcome outcome;
   u64 switches;
 };
+
+// ---- emulator.cpp ----------------------------------------------------------------------------------------------
+
+Machine* build_machine();
+void prepare_launch(Machine& m, const Launch& launch, const Settings& settings);
+// Runs one block to its end, or until something fails.
+void run_block(Machine& m, u64 number);
+bool shared_tail_written(const Machine& m);
+// The file's name without its folders.
+const char* short_place(const char* where);
+
+// ---- emulated_ptx.cpp ------------------------------------------------------------------------------------------
 
 // The work of one meeting, for all lanes at once.
 void load_matrices(Block& block, void* const* arguments, bool transposed);

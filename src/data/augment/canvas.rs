@@ -36,6 +36,25 @@ struct CanvasRow {
     pixels: Vec<u8>,
 }
 
+/// Whether rows and columns stay rows and columns.
+pub fn is_axis_aligned(back: &Matrix) -> bool {
+    [back[0][1], back[1][0], back[2][0], back[2][1]] == [0.0; 4]
+}
+
+/// The canvas column at or before output column `x` of an axis-aligned transform (`back` leads from the output to the
+/// canvas, which is `width` wide), and the weight of the next column in units of 1 / 2048. Columns -2, -1 and width,
+/// width + 1 are grey; anything farther out reads the same grey.
+pub fn column_of(back: &Matrix, x: usize, width: usize) -> (f64, f64) {
+    let at = (back[0][0] * x as f64 + back[0][2]) / back[2][2];
+    split(at.clamp(-2.0, width as f64), f64::from(HORIZONTAL_ONE))
+}
+
+/// The same for rows, in units of 1 / 256.
+pub fn row_of(back: &Matrix, y: usize, height: usize) -> (f64, f64) {
+    let at = (back[1][1] * y as f64 + back[1][2]) / back[2][2];
+    split(at.clamp(-2.0, height as f64), f64::from(VERTICAL_ONE))
+}
+
 impl<'a> Canvas<'a> {
     /// One image and nothing else.
     pub fn single(image: &'a Image) -> Canvas<'a> {
@@ -78,8 +97,7 @@ impl<'a> Canvas<'a> {
     pub fn warp(&self, matrix: &Matrix, out_hw: (usize, usize), out: &mut [u8], scratch: &mut WarpScratch) {
         assert_eq!(out.len(), out_hw.0 * out_hw.1 * 3, "bytes of the result");
         let Some(back) = inverse(matrix) else { return out.fill(BORDER) };
-        let off_diagonal = [back[0][1], back[1][0], back[2][0], back[2][1]];
-        if off_diagonal == [0.0; 4] {
+        if is_axis_aligned(&back) {
             self.warp_axis_aligned(&back, out_hw.1, out, scratch);
         } else {
             self.warp_general(&back, out_hw.1, out);
@@ -89,11 +107,7 @@ impl<'a> Canvas<'a> {
     /// Output rows and columns map to canvas rows and columns.
     fn warp_axis_aligned(&self, back: &Matrix, out_w: usize, out: &mut [u8], scratch: &mut WarpScratch) {
         let WarpScratch { upper, lower, blended, taps } = scratch;
-        // Columns -2, -1 and width, width + 1 are grey; anything farther out reads the same grey.
-        let column = |x: usize| {
-            let at = (back[0][0] * x as f64 + back[0][2]) / back[2][2];
-            split(at.clamp(-2.0, self.width as f64), f64::from(HORIZONTAL_ONE))
-        };
+        let column = |x: usize| column_of(back, x, self.width);
         let ends = [column(0).0, column(out_w - 1).0];
         let first = ends[0].min(ends[1]) as i64;
         let columns = (ends[0].max(ends[1]) as i64 + 2 - first) as usize;
@@ -108,8 +122,7 @@ impl<'a> Canvas<'a> {
             row.pixels.resize(columns * 3, 0);
         }
         for (y, out) in out.chunks_exact_mut(out_w * 3).enumerate() {
-            let at = (back[1][1] * y as f64 + back[1][2]) / back[2][2];
-            let (y0, weight) = split(at.clamp(-2.0, self.height as f64), f64::from(VERTICAL_ONE));
+            let (y0, weight) = row_of(back, y, self.height);
             let y0 = y0 as i64;
             if y0 + 1 < 0 || y0 >= self.height as i64 {
                 out.fill(BORDER);

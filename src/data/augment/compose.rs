@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::canvas::{Canvas, WarpScratch};
+use super::layout::BaseLayout;
 use super::plan::{BasePlan, SamplePlan};
-use super::{PixelBox, cutmix, flip, hsv, mixup, mosaic, perspective};
+use super::{PixelBox, cutmix, flip, hsv, mixup};
 use crate::data::{DataError, Image};
 
 /// Where images and labels come from.
@@ -91,26 +92,11 @@ impl Composer {
         out: &mut [u8],
     ) -> Result<Vec<PixelBox>, DataError> {
         let images = plan.images.iter().map(|&i| source.image(i)).collect::<Result<Vec<_>, _>>()?;
-        let mut boxes = Vec::new();
-        let canvas = match plan.mosaic_centre {
-            Some(centre) => {
-                let mut patches = Vec::with_capacity(4);
-                for (position, (image, &index)) in images.iter().zip(&plan.images).enumerate() {
-                    let rect = mosaic::place(position, centre, image.height, image.width, imgsz);
-                    let own = source.boxes(index, image.height, image.width);
-                    mosaic::append_boxes(&rect, imgsz, &own, &mut boxes);
-                    patches.push((rect, &**image));
-                }
-                Canvas::new(2 * imgsz, 2 * imgsz, patches)
-            }
-            None => {
-                boxes = source.boxes(plan.images[0], images[0].height, images[0].width);
-                Canvas::single(&images[0])
-            }
-        };
-        let matrix = plan.perspective.matrix(canvas.size(), out_hw);
-        canvas.warp(&matrix, out_hw, out, &mut self.warp);
-        perspective::transform_boxes(&matrix, plan.perspective.scale, out_hw, &mut boxes);
-        Ok(boxes)
+        let sizes: Vec<_> = images.iter().map(|image| (image.height, image.width)).collect();
+        let layout = BaseLayout::new(plan, imgsz, out_hw, &sizes, &|i, h, w| source.boxes(i, h, w));
+        let patches = layout.patches.iter().copied().zip(images.iter().map(|image| &**image)).collect();
+        let canvas = Canvas::new(layout.canvas_hw.0, layout.canvas_hw.1, patches);
+        canvas.warp(&layout.matrix, out_hw, out, &mut self.warp);
+        Ok(layout.boxes)
     }
 }

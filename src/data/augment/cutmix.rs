@@ -67,8 +67,24 @@ pub fn pasted_boxes(partner: &[PixelBox], rect: [usize; 4]) -> Vec<PixelBox> {
         .collect()
 }
 
-/// Pastes the rectangle of `partner` into `image`, both `width * 3` bytes per row, and appends its boxes. Does nothing
-/// when no candidate is free or no box of the partner would come along. Returns whether it pasted.
+/// The rectangle to paste, if any, and appends the partner's boxes in it: `None`, and nothing appended, when no
+/// candidate is free or no box of the partner would come along.
+pub fn decide(
+    draws: &CutmixDraws,
+    boxes: &mut Vec<PixelBox>,
+    partner_boxes: &[PixelBox],
+) -> Option<[usize; 4]> {
+    let rect = draws.choose(boxes)?;
+    let pasted = pasted_boxes(partner_boxes, rect);
+    if pasted.is_empty() {
+        return None;
+    }
+    boxes.extend(pasted);
+    Some(rect)
+}
+
+/// Pastes the rectangle that [`decide`] gives of `partner` into `image`, both `width * 3` bytes per row. Returns
+/// whether there was one.
 pub fn apply(
     draws: &CutmixDraws,
     width: usize,
@@ -77,16 +93,11 @@ pub fn apply(
     partner: &[u8],
     partner_boxes: &[PixelBox],
 ) -> bool {
-    let Some(rect) = draws.choose(boxes) else { return false };
-    let pasted = pasted_boxes(partner_boxes, rect);
-    if pasted.is_empty() {
-        return false;
-    }
+    let Some(rect) = decide(draws, boxes, partner_boxes) else { return false };
     for y in rect[1]..rect[3] {
         let row = (y * width + rect[0]) * 3..(y * width + rect[2]) * 3;
         image[row.clone()].copy_from_slice(&partner[row]);
     }
-    boxes.extend(pasted);
     true
 }
 

@@ -7,6 +7,11 @@ pub fn horizontal(pixels: &mut [u8], width: usize, boxes: &mut [PixelBox]) {
     for row in pixels.chunks_exact_mut(width * 3) {
         row.as_chunks_mut::<3>().0.reverse();
     }
+    horizontal_boxes(width, boxes);
+}
+
+/// What [`horizontal`] does to boxes.
+pub fn horizontal_boxes(width: usize, boxes: &mut [PixelBox]) {
     for b in boxes {
         let [x1, y1, x2, y2] = b.xyxy;
         b.xyxy = [width as f32 - x2, y1, width as f32 - x1, y2];
@@ -22,6 +27,11 @@ pub fn vertical(pixels: &mut [u8], width: usize, boxes: &mut [PixelBox]) {
     for (a, b) in top.chunks_exact_mut(pitch).zip(bottom[skip..].chunks_exact_mut(pitch).rev()) {
         a.swap_with_slice(b);
     }
+    vertical_boxes(height, boxes);
+}
+
+/// What [`vertical`] does to boxes.
+pub fn vertical_boxes(height: usize, boxes: &mut [PixelBox]) {
     for b in boxes {
         let [x1, y1, x2, y2] = b.xyxy;
         b.xyxy = [x1, height as f32 - y2, x2, height as f32 - y1];

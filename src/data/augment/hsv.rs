@@ -47,6 +47,20 @@ impl Change {
     }
 }
 
+/// The jitter as tables, for whoever cannot afford double precision: the whole hue to add, and what each saturation
+/// (first 256) and each value grow to. `None` when all gains are 0.
+pub fn tables(gains: [f64; 3]) -> Option<(i32, [u8; 512])> {
+    if gains == [0.0; 3] {
+        return None;
+    }
+    let change = Change::new(gains);
+    let growth = std::array::from_fn(|i| {
+        let factor = if i < 256 { change.saturation } else { change.value };
+        ((i % 256) as f64 * factor).min(255.0) as u8
+    });
+    Some((change.hue, growth))
+}
+
 /// One pixel after the other: the form the vector code must equal bit for bit.
 fn jitter_plain(pixels: &mut [u8], change: &Change) {
     for pixel in pixels.as_chunks_mut::<3>().0 {

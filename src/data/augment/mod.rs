@@ -14,6 +14,7 @@ pub mod copy_paste;
 pub mod cutmix;
 pub mod flip;
 pub mod hsv;
+pub mod layout;
 pub mod letterbox;
 pub mod mixup;
 pub mod mosaic;
@@ -21,6 +22,7 @@ pub mod perspective;
 pub mod plan;
 
 pub use compose::{Composer, Source};
+pub use layout::{BaseLayout, SampleLayout};
 pub use plan::{PlanContext, SamplePlan};
 
 use super::DataError;

@@ -94,7 +94,7 @@ fn values_out_of_range_are_named_all_together() {
         "job.yaml:1: key `train.epochs`: got 0; allowed: a whole number from 1 to 1000000",
         "job.yaml:3: key `train.batch`: got 0; allowed: a whole number from 1 to 65536, -1",
         "job.yaml:4: key `train.lr0`: got 2; allowed: a number from 0 to 1",
-        "key `train.device`: got [0,1]; allowed: one device; training on several GPUs is not supported",
+        "key `train.device`: got a list of 2; allowed: one device; training on several GPUs is not supported",
         "key `train.batch_policy`: got \"shrink\"; allowed: one of refuse, accumulate",
         "key `train.momentum`: got NaN; allowed: a number from 0 to 1",
         "key `train.epohcs`: unknown key; did you mean `epochs`?",

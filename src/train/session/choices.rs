@@ -1,13 +1,13 @@
 //! What a run decides at its first start and keeps: batch, optimiser, schedule, class weights.
 
-use super::auto_batch;
 use super::reporter::Reporter;
 use crate::data::Split;
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::models::Detector;
 use crate::engine::optim::{Algorithm, Form, Hyper, Optimizer, Role, Tensor, groups};
 use crate::engine::params::{ParamKind, ParamSet};
-use crate::train::args::{Batch, OptimizerChoice as Choice, TrainArgs};
+use crate::train::args::{Batch, OptimizerChoice as Wanted, TrainArgs};
+use crate::train::autobatch::Choice;
 use crate::train::checkpoint::{Progress, Resolved};
 use crate::train::early_stop::EarlyStop;
 use crate::train::error::TrainError;
@@ -37,17 +37,17 @@ pub(super) fn loss_config(args: &TrainArgs, train: &Split, nc: usize) -> LossCon
     }
 }
 
-/// The choices of a first start.
+/// The choices of a first start, with the batch that was chosen.
 pub(super) fn resolve(
     args: &TrainArgs,
     detector: &Detector,
-    params: &ParamSet,
+    chosen: Choice,
     images: usize,
     nc: usize,
 ) -> Result<Resolved, TrainError> {
-    let batch = auto_batch::choose(args.batch, detector, params, images, auto_batch::available_bytes())?;
+    let (batch, passes) = (chosen.batch, chosen.passes);
     let choice = match args.optimizer {
-        Choice::Auto => schedule::auto_optimizer(images, batch, args.nbs as usize, args.epochs, nc),
+        Wanted::Auto => schedule::auto_optimizer(images, batch * passes, args.nbs as usize, args.epochs, nc),
         named => schedule::OptimizerChoice {
             algorithm: algorithm(&format!("{named:?}"))?,
             lr0: args.lr0,
@@ -63,6 +63,7 @@ pub(super) fn resolve(
     Ok(Resolved {
         model,
         batch,
+        passes,
         asked_batch,
         optimizer: choice.algorithm.name().to_owned(),
         lr0: choice.lr0,
@@ -71,7 +72,7 @@ pub(super) fn resolve(
     })
 }
 
-fn algorithm(name: &str) -> Result<Algorithm, TrainError> {
+pub(super) fn algorithm(name: &str) -> Result<Algorithm, TrainError> {
     Algorithm::parse(name).ok_or_else(|| TrainError::Config {
         key: "optimizer".into(),
         message: format!("no optimiser is called {name:?}"),
@@ -87,6 +88,7 @@ pub(super) fn keep_choices(saved: &Progress, args: &TrainArgs, reporter: &mut Re
     {
         reporter.warn(format!("batch is {batch} now, it was {}", resolved.batch));
         (resolved.batch, resolved.asked_batch) = (batch as usize, batch as usize);
+        resolved.passes = 1;
     }
     resolved
 }
@@ -96,6 +98,11 @@ pub(super) fn check_batch(args: &TrainArgs, resolved: &Resolved, images: usize, 
         && batch as usize > images
     {
         reporter.warn(format!("batch {batch} is capped at the {images} images of the dataset"));
+    }
+    if resolved.passes > 1 {
+        let (parts, images) = (resolved.passes, resolved.batch);
+        reporter
+            .warn(format!("the batch does not fit the memory: it runs as {parts} passes of {images} images"));
     }
     assert!(resolved.batch > 0, "a batch holds at least one image");
 }
@@ -125,12 +132,20 @@ pub(super) fn optimizer(
     params: &ParamSet,
 ) -> Result<Optimizer, TrainError> {
     let algorithm = algorithm(&resolved.optimizer)?;
-    let decay = schedule::effective_weight_decay(args.weight_decay, resolved.batch, args.nbs as usize);
+    let decay =
+        schedule::effective_weight_decay(args.weight_decay, resolved.step_images(), args.nbs as usize);
     let tensors = tensors(params);
     let is_class_branch = |name: &str| name.contains(".cv3.") || name.contains(".one2one_cv3.");
     let groups = groups::build(algorithm, &tensors, resolved.lr0, resolved.momentum, decay, is_class_branch);
     let hyper = Hyper { beta1: resolved.momentum, ..Hyper::default() };
     Ok(Optimizer::new(algorithm, hyper, tensors, groups, params.values.len()))
+}
+
+/// An optimiser of that kind with constants that do not matter: for its size.
+pub(super) fn optimizer_of(algorithm: Algorithm, params: &ParamSet) -> Optimizer {
+    let tensors = tensors(params);
+    let groups = groups::build(algorithm, &tensors, 0.01, 0.9, 0.0, |_| false);
+    Optimizer::new(algorithm, Hyper::default(), tensors, groups, params.values.len())
 }
 
 pub(super) fn schedule_spec(
@@ -139,8 +154,8 @@ pub(super) fn schedule_spec(
     batches: usize,
     epochs: u32,
 ) -> ScheduleSpec {
-    let accumulate = schedule::accumulate_for(args.nbs as usize, resolved.batch);
-    let cap = if args.time.is_some() { usize::MAX } else { batches * epochs as usize };
+    let accumulate = schedule::accumulate_for(args.nbs as usize, resolved.step_images());
+    let cap = if args.time.is_some() { usize::MAX } else { batches * epochs as usize / resolved.passes };
     ScheduleSpec {
         epochs,
         batches,
@@ -157,7 +172,9 @@ pub(super) fn schedule_spec(
 /// The arguments with what `auto` became, for `args.yaml`.
 pub(super) fn resolved_args(args: &TrainArgs, resolved: &Resolved) -> TrainArgs {
     let mut args = args.clone();
-    args.batch = Batch::Images(resolved.batch as u32);
+    // A batch that was cut stays the one that was asked for; on resume it is cut in the same way.
+    let batch = if resolved.passes > 1 { resolved.asked_batch } else { resolved.batch };
+    args.batch = Batch::Images(batch as u32);
     args
 }
 

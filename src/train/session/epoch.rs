@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
+use super::feed::Fed;
 use super::{Flow, Run, metric_map};
 use crate::data::{Batch, DataError, resize_batch};
 use crate::detect::losses::detection::LossItems;
@@ -76,20 +77,20 @@ impl Run<'_, '_> {
             }
             let began = Instant::now();
             let next = self.loader.next();
-            let Some(mut batch) = next.map_err(|e| self.data_error(e))? else {
+            let Some(mut fed) = next.map_err(|e| self.data_error(e))? else {
                 let message = format!("the loader ended after {} of {batches} batches", self.progress.batch);
                 return Err(TrainError::Internal { message });
             };
-            self.choose_size(&mut batch);
-            self.picture_of_batch(&batch);
-            if let Some(error) = self.one_batch(&batch)? {
+            self.choose_size(&mut fed.batch);
+            self.picture_of_batch(&mut fed)?;
+            if let Some(error) = self.one_batch(&fed)? {
                 return Ok(Some(Interruption::Diverged(error)));
             }
             let seconds = began.elapsed().as_secs_f64();
             waited += self.loader.wait_seconds();
             let wait_share = (waited / started.elapsed().as_secs_f64().max(1e-9)).clamp(0.0, 1.0);
-            self.report_step(&batch, seconds, wait_share);
-            self.loader.recycle(batch);
+            self.report_step(&fed.batch, seconds, wait_share);
+            self.loader.recycle(fed, &self.network)?;
             self.save_if_due()?;
         }
         Ok(None)
@@ -97,12 +98,13 @@ impl Run<'_, '_> {
 
     /// Forward, backward, and a step when enough batches are summed. Returns the error of a loss or
     /// gradient that is not finite; nothing was stepped on it.
-    fn one_batch(&mut self, batch: &Batch) -> Result<Option<TrainError>, TrainError> {
+    fn one_batch(&mut self, fed: &Fed) -> Result<Option<TrainError>, TrainError> {
+        let batch = &fed.batch;
         let (epoch, index) = (self.progress.epoch, self.progress.batch);
         let iteration = self.iteration();
         let has_momentum = self.optimizer.algorithm().has_momentum();
         self.schedule.apply(epoch, index, &mut self.optimizer.groups, has_momentum);
-        let items = self.network.train(batch)?;
+        let items = self.network.train(batch, fed.on_device.as_ref())?;
         if !items.total.is_finite() {
             return Ok(Some(self.diverged("the loss", f64::from(items.total), batch)));
         }

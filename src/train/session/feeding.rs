@@ -7,7 +7,7 @@ use super::reporter::Reporter;
 use crate::data::augment::{AugmentArgs, CopyPasteMode, Scale};
 use crate::data::cache::{CacheArgs, CacheMode};
 use crate::data::dataset::Fraction;
-use crate::data::{DataError, Dataset, DatasetOptions, LoaderArgs, Split, SplitName, TrainLoader, ValLoader};
+use crate::data::{DataError, Dataset, DatasetOptions, LoaderArgs, Split, SplitName, ValLoader};
 use crate::detect::models::Detector;
 use crate::detect::nms::NmsArgs;
 use crate::train::args::{Cache, Scale as ScaleArg, Share, TrainArgs};
@@ -82,7 +82,7 @@ pub(super) fn validation_split<'d>(dataset: &'d Dataset, args: &TrainArgs) -> Re
     dataset.split(split_name(args)?).map_err(|e| data_error(&args.data, e))
 }
 
-fn augment_args(args: &TrainArgs) -> AugmentArgs {
+pub(super) fn augment_args(args: &TrainArgs) -> AugmentArgs {
     AugmentArgs {
         hsv_h: args.hsv_h,
         hsv_s: args.hsv_s,
@@ -118,7 +118,7 @@ fn cache_args(cache: Cache) -> CacheArgs {
     CacheArgs { mode, ..CacheArgs::default() }
 }
 
-fn loader_args(args: &TrainArgs, batch: usize, imgsz: usize, rect: bool) -> LoaderArgs {
+pub(super) fn loader_args(args: &TrainArgs, batch: usize, imgsz: usize, rect: bool) -> LoaderArgs {
     LoaderArgs {
         imgsz,
         batch,
@@ -130,16 +130,6 @@ fn loader_args(args: &TrainArgs, batch: usize, imgsz: usize, rect: bool) -> Load
         stride: STRIDE_MAX,
         decode_always: false,
     }
-}
-
-pub(super) fn train_loader(
-    args: &TrainArgs,
-    train: &Split,
-    resolved: &Resolved,
-    imgsz: usize,
-) -> Result<TrainLoader, TrainError> {
-    let loader = loader_args(args, resolved.batch, imgsz, args.rect);
-    TrainLoader::new(train, loader, augment_args(args)).map_err(|e| data_error(&args.data, e))
 }
 
 pub(super) fn validation_args(

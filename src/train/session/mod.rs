@@ -1,12 +1,13 @@
 //! A training session from start to end. Read [`Session::run`], then `prepare` (everything before the
 //! first batch), `epoch` (the loop), `validate`, `finish`.
 
-mod auto_batch;
 mod choices;
 mod epoch;
+mod feed;
 mod feeding;
 mod finish;
 mod initial;
+mod memory;
 mod network;
 mod pictures;
 mod prepare;
@@ -27,11 +28,10 @@ use super::error::TrainError;
 use super::event::{Observer, OutcomeKind, SessionEvent};
 use super::run_folder::{METRIC_NAMES, RunFolder};
 use super::schedule::Schedule;
-use crate::data::{Dataset, Split, TrainLoader, ValLoader};
+use crate::data::{Dataset, Split, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
-pub use auto_batch::available_bytes;
 pub use initial::{Branch, freeze, head_branch, initialise};
 pub use network::{Compute, Network, RawOutput, Spare, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
@@ -183,7 +183,7 @@ struct Run<'r, 'o> {
     ema: Ema,
     schedule: Schedule,
     progress: Progress,
-    loader: TrainLoader,
+    loader: feed::Feed,
     val_split: Split,
     val_loader: ValLoader,
     validation: ValidationArgs,

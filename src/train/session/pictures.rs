@@ -4,11 +4,13 @@ use std::path::Path;
 
 use super::Run;
 use super::Validation;
+use super::feed::Fed;
 use super::validate::targets_in_pixels;
 use crate::data::draw::DrawBox;
 use crate::data::{Batch, Split, SplitName};
 use crate::detect::metrics::matching::LabelledBox;
 use crate::detect::nms::Detection;
+use crate::train::error::TrainError;
 use crate::train::plots::{self, BatchPlot, ClassCurves, ConfusionPlot, CurvesPlot, LabelsPlot, PlotError};
 
 /// Training batches drawn at the start, and again when the mosaic closes.
@@ -18,14 +20,18 @@ const DRAWN_SCORE: f32 = 0.25;
 
 impl Run<'_, '_> {
     /// Draws the batch if it is one of the first three of the run or of the last epochs without mosaic.
-    pub(super) fn picture_of_batch(&mut self, batch: &Batch) {
+    pub(super) fn picture_of_batch(&mut self, fed: &mut Fed) -> Result<(), TrainError> {
         if !self.args.plots || self.progress.batch >= TRAIN_PICTURES {
-            return;
+            return Ok(());
         }
         let close = self.args.close_mosaic;
         let is_close = close > 0 && self.progress.epoch == self.progress.epochs.saturating_sub(close);
         if !(self.progress.epoch == 0 || is_close) {
-            return;
+            return Ok(());
+        }
+        let batch = &mut fed.batch;
+        if let Some(made) = &fed.on_device {
+            batch.images = self.network.read_images(made)?;
         }
         let path = self.reporter.folder.file(&format!("train_batch{}.png", self.iteration()));
         let plot = BatchPlot {
@@ -38,6 +44,7 @@ impl Run<'_, '_> {
         if let Err(error) = plots::batch(&plot, &self.dataset.names, &path) {
             self.reporter.warn(error.to_string());
         }
+        Ok(())
     }
 
     /// Draws the label statistics of the training split.

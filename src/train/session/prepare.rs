@@ -6,16 +6,20 @@ use std::time::Instant;
 use super::choices::{
     check_batch, fresh_progress, keep_choices, loss_config, optimizer, resolve, resolved_args, schedule_spec,
 };
+use super::feed::Feed;
 use super::feeding::{
-    STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, train_loader, validation_args,
-    validation_split,
+    STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, validation_args, validation_split,
 };
+use super::memory::Demand;
 use super::network::{Network, Spare, build};
 use super::reporter::Reporter;
 use super::{Run, SessionSpec, initial, pretrained, save};
-use crate::data::{Split, SplitName};
+use crate::data::{Split, SplitName, ValLoader};
+use crate::detect::losses::detection::LossConfig;
 use crate::engine::optim::Ema;
+use crate::engine::plan::Mode;
 use crate::train::args::Source;
+use crate::train::autobatch::largest_side;
 use crate::train::checkpoint::{self, Checkpoint, Store};
 use crate::train::device;
 use crate::train::error::TrainError;
@@ -49,15 +53,27 @@ pub(super) fn prepare<'r, 'o>(
         reporter.warn(format!("imgsz {} is rounded up to {imgsz}, a multiple of {STRIDE_MAX}", args.imgsz));
     }
     let detector = build(&architecture, nc, imgsz, imgsz)?;
-    let mut network = Network::new(&architecture, nc, loss_config(&args, &train, nc), &compute)?;
+    let loss = LossConfig { reg_max: detector.reg_max, ..loss_config(&args, &train, nc) };
+    let mut network = Network::new(&architecture, nc, loss.clone(), &compute)?;
     initial::freeze(&mut network.params, &args.freeze, detector.head_row)?;
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
         None => {
             // Memory must do for the largest size that `multi_scale` may draw.
-            let largest = next_stride((imgsz as f64 * (1.0 + args.multi_scale)) as usize);
-            let largest = build(&architecture, nc, largest, largest)?;
-            resolve(&args, &largest, &network.params, train.len(), nc)?
+            let side = largest_side(imgsz, args.multi_scale, STRIDE_MAX);
+            let largest = build(&architecture, nc, side, side)?;
+            let demand = Demand {
+                args: &args,
+                compute: &compute,
+                network: &network,
+                largest: &largest,
+                loss: &loss,
+                imgsz,
+                images: train.len(),
+                boxes_max: train.boxes_per_image_max(),
+                gpu_share_max: spec.gpu_share_max,
+            };
+            resolve(&args, &largest, demand.choose()?, train.len(), nc)?
         }
     };
     check_batch(&args, &resolved, train.len(), reporter);
@@ -67,7 +83,8 @@ pub(super) fn prepare<'r, 'o>(
     let epochs = found
         .as_ref()
         .map_or(args.epochs, |(_, c)| if args.time.is_some() { c.progress.epochs } else { args.epochs });
-    let schedule = Schedule::new(schedule_spec(&args, &resolved, batches, epochs));
+    let schedule =
+        Schedule::new(schedule_spec(&args, &resolved, batches, epochs)).with_passes(resolved.passes);
     let has_momentum = optimizer.algorithm().has_momentum();
     schedule.apply(0, 0, &mut optimizer.groups, has_momentum);
     if let Some(start) = &start {
@@ -75,10 +92,16 @@ pub(super) fn prepare<'r, 'o>(
         pretrained::apply(start, &mut network.params, &dataset.names, &args, reporter)?;
     }
     let ema = Ema::new(&network.params.values, &network.params.buffers, Ema::DECAY, Ema::TAU);
-    let loader = train_loader(&args, &train, &resolved, imgsz)?;
     let validation = validation_args(&args, &dataset, &detector, &resolved, imgsz);
     let val_split = validation_split(&dataset, &args)?.clone();
     let val_loader = open_val_loader(&val_split, &validation, &args)?;
+    if Feed::is_on_device(&compute, &args) {
+        // Everything else has its memory before decoded images fill what is left.
+        network.prepare(resolved.batch, imgsz, imgsz, Mode::Train)?;
+        plan_validation(&mut network, &val_loader)?;
+        network.push(&optimizer, &ema)?;
+    }
+    let loader = Feed::open(&compute, &args, &train, resolved.batch, imgsz)?;
     for note in loader.notes().iter().chain(val_loader.notes()) {
         reporter.warn(note.clone());
     }
@@ -123,17 +146,18 @@ pub(super) fn prepare<'r, 'o>(
     Ok(run)
 }
 
+/// Plans the largest validation batch.
+fn plan_validation(network: &mut Network, loader: &ValLoader) -> Result<(), TrainError> {
+    let largest = loader.shapes().iter().copied().max_by_key(|&(h, w)| h * w);
+    largest.map_or(Ok(()), |(h, w)| network.prepare(loader.batch_size(), h, w, Mode::Eval))
+}
+
 impl Run<'_, '_> {
     /// Plans the full training batch and the largest validation batch, so that memory is refused now or never.
     fn first_plans(&mut self) -> Result<(), TrainError> {
-        use crate::engine::plan::Mode;
         let (h, w) = self.loader.input_max();
         self.network.prepare(self.progress.resolved.batch, h, w, Mode::Train)?;
-        let largest = self.val_loader.shapes().iter().copied().max_by_key(|&(h, w)| h * w);
-        if let Some((h, w)) = largest {
-            self.network.prepare(self.val_loader.batch_size(), h, w, Mode::Eval)?;
-        }
-        Ok(())
+        plan_validation(&mut self.network, &self.val_loader)
     }
 
     /// Takes up a checkpoint; what was changed since and cannot be continued exactly is said.
@@ -175,7 +199,7 @@ impl Run<'_, '_> {
     fn report_plan(&mut self, resumed_from: Option<PathBuf>) {
         let resolved = &self.progress.resolved;
         let (h, w) = self.loader.input_max();
-        let shaped = self.network.shaped(resolved.batch, h, w, crate::engine::plan::Mode::Train);
+        let shaped = self.network.shaped(resolved.batch, h, w, Mode::Train);
         let event = SessionEvent::Plan {
             parameters: self.network.params.trainable_count(),
             macs: self.detector.graph.macs(),

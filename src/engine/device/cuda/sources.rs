@@ -39,12 +39,15 @@ pub const HEADERS: &[(&str, &str)] = headers![
 
 /// Every kernel file.
 pub const SOURCES: &[Source] = sources![
+    "augment",
     "batch_norm_act",
     "batch_norm_act_finish",
     "border",
     "cast",
     "ceiling",
     "conv2d",
+    "conv2d_image",
+    "conv2d_image_mma",
     "conv2d_mma_gather_backward_bf16",
     "conv2d_mma_gather_backward_f16",
     "conv2d_mma_gather_forward_bf16",

@@ -400,6 +400,17 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
+    /// Waits until everything queued before the event was recorded has run. Returns at once for one never recorded.
+    ///
+    /// # Errors
+    /// Some of it failed.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        self.device.bind()?;
+        // SAFETY: the event is alive.
+        let code = unsafe { sys::cuEventSynchronize(self.handle) };
+        code.result().map_err(super::error::driver("waiting for an event"))
+    }
+
     /// Milliseconds from `earlier` to this event; both must have happened.
     ///
     /// # Errors

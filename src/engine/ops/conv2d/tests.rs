@@ -15,13 +15,13 @@ const POISON: u32 = 0x7fc0_dead;
 
 /// A case: sizes of the input, and how the views lie.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    p: Conv2dParams,
-    n: usize,
-    h: usize,
-    w: usize,
+pub(super) struct Case {
+    pub p: Conv2dParams,
+    pub n: usize,
+    pub h: usize,
+    pub w: usize,
     /// Channels of the parent buffers beyond the view, before and after it.
-    beyond: usize,
+    pub beyond: usize,
 }
 
 /// A tensor in a poisoned buffer: border zero, neighbours not numbers.
@@ -96,9 +96,9 @@ fn products(case: &Case, mut f: impl FnMut(usize, usize, usize)) {
 }
 
 /// The three passes in f64: `y`, `dx`, `dw`, each with the sum of absolute products.
-struct Reference([Vec<f64>; 3], [Vec<f64>; 3]);
+pub(super) struct Reference(pub [Vec<f64>; 3], pub [Vec<f64>; 3]);
 
-fn reference(case: &Case, x: &[f64], w: &[f64], dy: &[f64]) -> Reference {
+pub(super) fn reference(case: &Case, x: &[f64], w: &[f64], dy: &[f64]) -> Reference {
     let (ci, co) = (case.p.c_in, case.p.c_out);
     let lens = [dy.len(), x.len(), w.len()];
     let (mut sums, mut sizes) = (lens.map(|n| vec![0.0; n]), lens.map(|n| vec![0.0; n]));
@@ -206,7 +206,13 @@ fn check(level: Level, case: &Case, accumulate: bool) {
     }
 }
 
-fn case(c: (usize, usize), kernel: usize, stride: usize, size: (usize, usize, usize), beyond: usize) -> Case {
+pub(super) fn case(
+    c: (usize, usize),
+    kernel: usize,
+    stride: usize,
+    size: (usize, usize, usize),
+    beyond: usize,
+) -> Case {
     let pad = if kernel == 2 { 0 } else { kernel / 2 };
     let p = Conv2dParams { c_in: c.0, c_out: c.1, kernel, stride, pad };
     Case { p, n: size.0, h: size.1, w: size.2, beyond }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use super::{RawOutput, Shaped, Spare, device};
 use crate::data::Batch;
+use crate::data::device_loader::DeviceBatch;
 use crate::detect::decode::HeadLevel;
 use crate::detect::losses::detection::{DetectionLoss, LossConfig, LossItems};
 use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, DeviceHeadLevel, LossCapacity};
 use crate::detect::targets::Target;
 use crate::engine::device::cuda::executor::{DeviceParams, Executor};
 use crate::engine::device::cuda::{
-    Buffer, CapturedGraph, Device, DeviceError, LaunchTime, PinnedBuffer, Precision,
+    Buffer, CapturedGraph, Device, DeviceError, Event, LaunchTime, PinnedBuffer, Precision,
 };
 use crate::engine::optim::{DeviceOptimizer, Ema, LossScale, Optimizer, StepTargets};
 use crate::engine::params::ParamSet;
@@ -178,9 +179,17 @@ impl CudaBackend {
         Ok(())
     }
 
-    pub fn train(&mut self, shaped: &Shaped, batch: &Batch) -> Result<LossItems, TrainError> {
+    pub fn train(
+        &mut self,
+        shaped: &Shaped,
+        batch: &Batch,
+        made: Option<&DeviceBatch>,
+    ) -> Result<LossItems, TrainError> {
         let plan = &shaped.plan;
-        self.send_images(plan, &batch.images[..plan.bytes().input])?;
+        match made {
+            Some(made) => self.take_images(plan, made).map_err(device("take the images"))?,
+            None => self.send_images(plan, &batch.images[..plan.bytes().input])?,
+        }
         let loss = self.loss.as_mut().expect("reserved with the plan");
         let stream = self.executor.stream();
         // SAFETY: every step ends with a synchronisation, so all earlier uploads have run.
@@ -268,6 +277,32 @@ impl CudaBackend {
             ms: median(i),
         };
         Ok(first.iter().enumerate().map(launch).collect())
+    }
+
+    /// Queues the copy of images that were made on the device to where the recorded step reads them.
+    fn take_images(&self, plan: &Plan, made: &DeviceBatch) -> Result<(), DeviceError> {
+        let (stream, bytes) = (self.executor.stream(), plan.bytes().input);
+        assert_eq!(bytes, made.n * made.h * made.w * 3, "a batch of the plan's shape");
+        stream.wait(&made.ready)?;
+        // SAFETY: the loader's buffer holds the batch until it is given back, which is after this step.
+        unsafe { stream.copy(self.executor.input().pointer(), made.images, bytes) }
+    }
+
+    /// A mark behind everything that was queued.
+    pub fn mark(&self) -> Result<Event, DeviceError> {
+        self.executor.stream().mark()
+    }
+
+    /// A copy of the pixels of a batch that was made on the device.
+    pub fn read_images(&self, made: &DeviceBatch) -> Result<Vec<u8>, DeviceError> {
+        let stream = self.executor.stream();
+        let mut images = vec![0; made.n * made.h * made.w * 3];
+        let buffer = self.executor.device().allocate(images.len())?;
+        stream.wait(&made.ready)?;
+        // SAFETY: the loader's buffer holds the batch until it is given back; the copy is waited for here.
+        unsafe { stream.copy(buffer.pointer(), made.images, images.len()) }?;
+        stream.download(&buffer, 0, &mut images)?;
+        Ok(images)
     }
 
     /// Copies images through pinned memory on all cores, and queues the copy to the device.

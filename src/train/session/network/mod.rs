@@ -11,12 +11,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::data::Batch;
+use crate::data::device_loader::DeviceBatch;
 use crate::detect::decode::HeadLevel;
 use crate::detect::losses::detection::{LossConfig, LossItems};
 use crate::detect::models::{Detector, ModelError};
 use crate::detect::targets::Target;
 use crate::engine::device::cpu::Profile;
-use crate::engine::device::cuda::{Device, DeviceError, Precision};
+use crate::engine::device::cuda::{Device, DeviceError, Event, Precision};
 use crate::engine::error::EngineError;
 use crate::engine::optim::{Ema, LossScale, Optimizer};
 use crate::engine::params::ParamSet;
@@ -257,18 +258,44 @@ impl Network {
         }
     }
 
-    /// Forward, loss, backward: adds the gradient of the batch to the gradients. When the loss is not finite,
+    /// Forward, loss, backward: adds the gradient of the batch to the gradients. Pixels that were made on the device
+    /// come as `made`, and the batch holds the rest. When the loss is not finite,
     /// the gradients are worthless and nothing may be stepped on them.
     ///
     /// # Errors
     /// As [`Network::prepare`]; a fault of the device.
-    pub fn train(&mut self, batch: &Batch) -> Result<LossItems, TrainError> {
+    pub fn train(&mut self, batch: &Batch, made: Option<&DeviceBatch>) -> Result<LossItems, TrainError> {
         let (n, h, w) = (batch.n, batch.h, batch.w);
         self.prepare(n, h, w, Mode::Train)?;
         let shaped = &self.plans[&(n, h, w, true)];
         match &mut self.backend {
             Backend::Cpu(cpu) => Ok(cpu.train(shaped, &mut self.params, batch)),
-            Backend::Cuda(cuda) => cuda.train(shaped, batch),
+            Backend::Cuda(cuda) => cuda.train(shaped, batch, made),
+        }
+    }
+
+    /// A mark behind everything that was queued on the GPU.
+    ///
+    /// # Errors
+    /// A fault of the device, or there is none.
+    pub fn mark(&self) -> Result<Event, TrainError> {
+        self.cuda()?.mark().map_err(device("mark a point in time"))
+    }
+
+    /// A copy of the pixels of a batch that was made on the GPU.
+    ///
+    /// # Errors
+    /// A fault of the device, or there is none.
+    pub fn read_images(&self, made: &DeviceBatch) -> Result<Vec<u8>, TrainError> {
+        self.cuda()?.read_images(made).map_err(device("give back images"))
+    }
+
+    fn cuda(&self) -> Result<&CudaBackend, TrainError> {
+        match &self.backend {
+            Backend::Cuda(cuda) => Ok(cuda),
+            Backend::Cpu(_) => {
+                Err(TrainError::Internal { message: "asked of a GPU, computed on the CPU".into() })
+            }
         }
     }
 

@@ -9,6 +9,10 @@ mod image;
 mod mma;
 mod mma_config;
 mod plain;
+#[cfg(test)]
+mod plain_tests;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +22,7 @@ use crate::engine::activation::Activation;
 use crate::engine::device::cuda::{Chip, Device, DeviceError, Precision, Stream, Tensor};
 use crate::engine::tensor::View;
 
-pub use image::{stats_layout as image_stats_layout, workspace_len as image_workspace_len};
+pub use image::{image_stats_layout, image_workspace_len};
 pub use mma_config::{Method, MmaConfig, Pass};
 
 /// What happens to the output before it is written. Addresses are those of `c_out` floats on the device.
@@ -159,7 +163,7 @@ impl Conv2dKernels {
     /// Files of the kernels that [`Conv2dKernels::load`] needs, for compiling them beforehand and in parallel.
     pub fn stems(precision: Precision, chip: &Chip) -> Vec<&'static str> {
         let mut stems = plain::stems().to_vec();
-        stems.extend(image::stems());
+        stems.extend(image::stems(precision, chip));
         if precision.bytes() == 2 && chip.has_tensor_bf16() {
             stems.extend(mma::stems(precision));
         }
@@ -289,45 +293,5 @@ impl Conv2dKernels {
                 None => self.plain.backward_weight(stream, p, x, dy, dw, workspace),
             }
         }
-    }
-
-    /// [`Conv2dKernels::forward`] of RGB bytes `[n, h, w, 3]` without a border, as `byte / 255`; `weight` is `f32`.
-    ///
-    /// # Safety
-    /// As for [`Conv2dKernels::forward`].
-    ///
-    /// # Errors
-    /// The launch is refused.
-    pub unsafe fn forward_image(
-        &self,
-        stream: &Stream,
-        p: &Conv2dParams,
-        x: Tensor,
-        weight: u64,
-        out: Tensor,
-        epilogue: Epilogue,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.image.forward(stream, p, x, weight, out, epilogue) }
-    }
-
-    /// [`Conv2dKernels::backward_weight`] where `x` are RGB bytes; `workspace`: [`image_workspace_len`] floats.
-    ///
-    /// # Safety
-    /// As for [`Conv2dKernels::forward`].
-    ///
-    /// # Errors
-    /// A launch is refused.
-    pub unsafe fn backward_weight_image(
-        &self,
-        stream: &Stream,
-        p: &Conv2dParams,
-        x: Tensor,
-        dy: Tensor,
-        dw: u64,
-        workspace: u64,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.image.backward_weight(stream, p, x, dy, dw, workspace) }
     }
 }
