@@ -118,7 +118,7 @@ fn figures(output: &Output) -> (u64, u64, u64) {
 fn a_batch_that_does_not_fit_is_refused_with_figures_or_cut() {
     let root = tempfile::tempdir().expect("a folder");
     dataset(root.path());
-    let memory = 180;
+    let memory = 140;
     let (four, available, largest) = figures(&train(root.path(), memory, &["batch=4"]));
     let (two, ..) = figures(&train(root.path(), memory, &["batch=2"]));
     assert!(largest < 4 && two < four && four > available, "{two} {four} {available} {largest}");

@@ -154,6 +154,7 @@ fn operation_of<'a>(operations: &'a [String], stem: &str) -> Option<&'a str> {
 
 /// Kernel files that belong to no operation of the graph, and the Rust file or folder that drives each.
 const DRIVERS: &[(&str, &str)] = &[
+    ("augment", "src/data/device_loader"),
     ("cast", "src/engine/device/cuda/executor.rs"),
     ("ceiling", "src/engine/device/cuda/ceiling.rs"),
     ("detection_loss", "src/detect/losses/detection_cuda"),
