@@ -292,7 +292,7 @@ fn a_loss_scale_is_taken_out_and_grows() {
             assert_eq!(bits(&found), bits(&values), "step {t}");
             let copy: Vec<f16> = download(&stream, &network.copy, len);
             assert!(found.iter().zip(&copy).all(|(v, c)| f16::from_f32(*v) == *c));
-            expected_scale *= if t % 2 == 0 { 2.0 } else { 1.0 };
+            expected_scale *= if t.is_multiple_of(2) { 2.0 } else { 1.0 };
         }
         let scale: Vec<LossScale> = download(&stream, &network.scale, 1);
         assert_eq!(scale[0], LossScale { scale: 2048.0, good_steps: 1 });
