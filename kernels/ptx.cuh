@@ -1,4 +1,4 @@
-// The only file with inline PTX: thin wrappers, one instruction each. `tests/emulator/ptx.h` holds their twins.
+// The only file with inline PTX: thin wrappers, one instruction each. `tests/emulator/emulated_ptx.h` holds their twins.
 #pragma once
 
 #if defined(BOXWRIGHT_EMULATOR)

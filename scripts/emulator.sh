@@ -5,12 +5,16 @@
 # `-sanitize` behind it.
 #   scripts/emulator.sh                the kernels of the program
 #   scripts/emulator.sh --faults       the small kernels of the emulator's own tests
-#   scripts/emulator.sh --sanitize     either with AddressSanitizer and UndefinedBehaviorSanitizer
+#   scripts/emulator.sh --sanitize     either with AddressSanitizer and UndefinedBehaviorSanitizer;
+#                                      so does BOXWRIGHT_EMULATOR_SANITIZE=1
 # What has not changed is not compiled again. Several calls at once build one after another.
 set -euo pipefail
 
+# A test program that runs under a sanitizer calls this script too.
+unset LD_PRELOAD
+
 sources=kernels
-sanitize=
+sanitize=${BOXWRIGHT_EMULATOR_SANITIZE:-}
 for option in "$@"; do
     case $option in
         --faults) sources=tests/emulator/faults ;;
