@@ -24,7 +24,8 @@ pub fn resolve(wanted: Device) -> Result<ResolvedDevice, TrainError> {
 pub fn by_identity(uuid: &str) -> Result<Device, TrainError> {
     let found = probe();
     let usable = found.devices.iter().filter(|device| device.refused.is_none() && found.obstacle.is_none());
-    let number = usable.into_iter().find(|device| device.chip.identity() == uuid).map(|device| device.ordinal);
+    let number =
+        usable.into_iter().find(|device| device.chip.identity() == uuid).map(|device| device.ordinal);
     number.map(Device::Cuda).ok_or_else(|| {
         let shown: Vec<String> = found.devices.iter().map(|device| device.chip.identity()).collect();
         let meaning = found.obstacle.unwrap_or_else(|| format!("the driver shows {}", shown.join(", ")));

@@ -64,7 +64,8 @@ async fn ask<T: DeserializeOwned>(
         process::signal_group(pid, libc::SIGKILL);
         return Err(GpuError::Limit { command, limit_s: limit.as_secs() });
     };
-    let left = |status: String, said: &str| GpuError::Left { command: command.clone(), status, said: said.into() };
+    let left =
+        |status: String, said: &str| GpuError::Left { command: command.clone(), status, said: said.into() };
     let output = output.map_err(|error| left(error.to_string(), ""))?;
     let answer = output.status.success().then(|| serde_json::from_slice(&output.stdout).ok()).flatten();
     answer.ok_or_else(|| {
