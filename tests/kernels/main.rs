@@ -2,9 +2,11 @@
 //!
 //! The real run-time compiler is needed (no GPU and no driver are): `BOXWRIGHT_NVRTC` names its folder where it does
 //! not lie in a usual place. Without it the test says so and passes, unless `BOXWRIGHT_REQUIRE_NVRTC=1`.
-//! `BOXWRIGHT_BLESS=1` writes the table `docs/kernel-resources.md` anew.
+//! `BOXWRIGHT_BLESS=1` writes the table `docs/kernel-resources.md` anew. What was compiled once is not compiled again
+//! until it changes.
 
 mod cubin;
+mod kept;
 mod table;
 
 use std::collections::BTreeMap;
@@ -46,10 +48,16 @@ struct Built {
 }
 
 fn build(source: &'static Source, target: usize) -> Result<Built, String> {
+    let place = kept::place(source, TARGETS[target]);
+    if let Some((usage, threads)) = kept::read(&place) {
+        return Ok(Built { source, target, usage, threads });
+    }
     let compiled = compile::compile(source, TARGETS[target]).map_err(|e| e.to_string())?;
     let threads = cubin::threads(&compiled.cubin)
         .ok_or_else(|| format!("kernels/{}.cu: no machine code for {}", source.stem, TARGETS[target]))?;
-    Ok(Built { source, target, usage: compile::usage(&compiled.log), threads })
+    let usage = compile::usage(&compiled.log);
+    kept::write(&place, &usage, &threads);
+    Ok(Built { source, target, usage, threads })
 }
 
 /// Compiles everything on all cores.

@@ -55,7 +55,8 @@ impl MmaKernels {
     /// A kernel does not load, or there is no memory for the counters.
     pub fn load(device: &Arc<Device>, precision: Precision) -> Result<MmaKernels, DeviceError> {
         let patch_tiles: Vec<(u32, u32)> = PATCH_COLUMNS.iter().flat_map(|&c| [(128, c), (256, c)]).collect();
-        let families: [(&'static str, usize, &[(u32, u32)]); 6] = [
+        type Family<'a> = (&'static str, usize, &'a [(u32, u32)]);
+        let families: [Family; 6] = [
             ("gather_forward", 0, &GATHER_TILES),
             ("gather_backward", 1, &GATHER_TILES),
             ("patch_forward", 2, &patch_tiles),
