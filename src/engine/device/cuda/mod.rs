@@ -14,6 +14,7 @@ pub mod executor;
 mod libraries;
 mod module;
 mod probe;
+mod self_test;
 pub mod sources;
 mod stream;
 mod tensor;
@@ -28,6 +29,7 @@ pub use error::DeviceError;
 pub use libraries::{driver_version, use_libraries};
 pub use module::{Kernel, Module};
 pub use probe::{Finding, Probe, probe};
+pub use self_test::self_test;
 pub use stream::{CapturedGraph, Event, Launch, LaunchTime, Stream};
 pub use tensor::{FastDivisor, Tensor};
 
