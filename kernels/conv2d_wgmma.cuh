@@ -28,7 +28,7 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(BOXWRIGHT_EMULATOR)
 
-// 512 bytes, aligned to 64 for the maps.
+// 512 bytes, aligned to 128 for the maps.
 struct ConvWgmmaArgs {
   TensorMap x;       // (c, x, y, n) without border; box 64 x TW x TH x 1, or 64 channels of BM pixels
   TensorMap weight;  // (c_out, c_in, taps); box 64 x 64, or 64 x BN in the data gradient

@@ -26,7 +26,7 @@
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A tensor map as the driver encodes it; Rust twin: `engine::device::cuda::TensorMap`. Lies in kernel arguments.
-struct __align__(64) TensorMap {
+struct __align__(128) TensorMap {
   u64 words[16];
 };
 

@@ -17,6 +17,7 @@ mod probe;
 pub mod sources;
 mod stream;
 mod tensor;
+mod tensor_map;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -30,5 +31,6 @@ pub use module::{Kernel, Module};
 pub use probe::{Finding, Probe, probe};
 pub use stream::{CapturedGraph, Event, Launch, LaunchTime, Stream};
 pub use tensor::{FastDivisor, Tensor};
+pub use tensor_map::{MappedTensor, PixelGrid, TensorMap};
 
 pub use crate::engine::precision::Precision;
