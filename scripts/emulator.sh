@@ -91,8 +91,8 @@ for source in "$sources"/*.cu; do
     objects+=("$folder/kernel_$stem.o")
     start "$kernel_common" "$source" "$folder/kernel_$stem.o" "${kernel_flags[@]}" "-DBOXWRIGHT_STEM=\"$stem\""
 done
-for source in tests/emulator/{emulator,launches,emulated_ptx,driver,driver_memory,driver_streams,driver_graphs}.cpp; do
-    stem=$(basename "$source" .cpp)
+for stem in emulator launches emulated_ptx emulated_ptx_sm90 driver driver_{memory,streams,graphs,tensor_maps}; do
+    source=tests/emulator/$stem.cpp
     objects+=("$folder/$stem.o")
     start "$own_common" "$source" "$folder/$stem.o" "${own_flags[@]}"
 done

@@ -41,9 +41,14 @@ impl Chip {
         format!("GPU-{}", parts.join("-"))
     }
 
+    /// Whether there are Hopper's products of warpgroups and its copy engine.
+    pub fn has_wgmma(&self) -> bool {
+        (self.major, self.minor) == (9, 0)
+    }
+
     /// The target that NVRTC compiles for. Hopper's own instructions need the `a` form.
     pub fn target(&self) -> String {
-        let suffix = if (self.major, self.minor) == (9, 0) { "a" } else { "" };
+        let suffix = if self.has_wgmma() { "a" } else { "" };
         format!("sm_{}{}{suffix}", self.major, self.minor)
     }
 

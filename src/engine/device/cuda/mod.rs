@@ -18,6 +18,7 @@ mod self_test;
 pub mod sources;
 mod stream;
 mod tensor;
+mod tensor_map;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -32,5 +33,6 @@ pub use probe::{Finding, Probe, probe};
 pub use self_test::self_test;
 pub use stream::{CapturedGraph, Event, Launch, LaunchTime, Stream};
 pub use tensor::{FastDivisor, Tensor};
+pub use tensor_map::{MappedTensor, PixelGrid, TensorMap};
 
 pub use crate::engine::precision::Precision;

@@ -15,6 +15,9 @@ mod plain;
 mod plain_tests;
 #[cfg(test)]
 mod tests;
+mod wgmma;
+#[cfg(test)]
+mod wgmma_tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -168,6 +171,9 @@ impl Conv2dKernels {
         stems.extend(image::stems(precision, chip));
         if precision.bytes() == 2 && chip.has_tensor_bf16() {
             stems.extend(mma::stems(precision));
+            if wgmma::is_wanted(chip) {
+                stems.push(wgmma::stem(precision));
+            }
         }
         stems
     }
