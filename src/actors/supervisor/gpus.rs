@@ -28,6 +28,8 @@ pub(super) struct Survey {
     is_looking: bool,
     /// Another one is wanted after it.
     again: bool,
+    /// Slots to test after it, unless it shows that their GPU is gone.
+    to_test: Vec<usize>,
     last_look: Option<Instant>,
     /// What the journal was told last.
     published: Vec<SlotRecord>,
@@ -79,9 +81,6 @@ impl Supervisor {
 
     fn looked(&mut self, found: Result<Found, GpuError>, ctx: &mut Context<Self>) {
         self.survey.is_looking = false;
-        if std::mem::take(&mut self.survey.again) {
-            self.look(ctx);
-        }
         match found {
             Ok(found) => self.compare(found, ctx),
             Err(error) => {
@@ -96,6 +95,15 @@ impl Supervisor {
                 }
             }
         }
+        if std::mem::take(&mut self.survey.again) {
+            self.look(ctx);
+        } else {
+            for index in std::mem::take(&mut self.survey.to_test) {
+                if self.bays[index].slot.health == Health::Testing {
+                    self.test(index, ctx);
+                }
+            }
+        }
         self.publish(ctx);
         self.round(ctx);
     }
@@ -104,7 +112,6 @@ impl Supervisor {
     fn compare(&mut self, found: Found, ctx: &mut Context<Self>) {
         let is_first = !matches!(self.survey.looked, Looked::Found { .. });
         let mut left_out = Vec::new();
-        let mut tests = Vec::new();
         for gpu in &found.gpus {
             let known =
                 self.bays.iter().position(|bay| bay.slot.as_gpu().is_some_and(|own| own.uuid == gpu.uuid));
@@ -114,12 +121,12 @@ impl Supervisor {
                 (Some(index), Some(why)) => self.lose(index, &why),
                 (None, None) => {
                     tracing::info!("found GPU {}: {}, {}", gpu.number, gpu.name, gpu.uuid);
-                    tests.extend(self.adopt(gpu, ctx));
+                    self.adopt(gpu, ctx);
                 }
                 (Some(index), None) => {
                     if self.bays[index].slot.appeared(gpu) {
                         tracing::info!("GPU {} ({}) is back", gpu.number, gpu.uuid);
-                        tests.push(index);
+                        self.survey.to_test.push(index);
                     }
                 }
             }
@@ -137,10 +144,6 @@ impl Supervisor {
             self.say_what_trains(&found, &left_out);
         }
         self.survey.looked = Looked::Found { left_out, obstacle: found.obstacle };
-        for index in tests {
-            // A busy one is tested by its job.
-            self.test(index, ctx);
-        }
     }
 
     /// Why a GPU gets no slot.
@@ -156,17 +159,16 @@ impl Supervisor {
         gpu.refused.clone()
     }
 
-    /// Gives a GPU a slot; its index when it has to be tested.
-    fn adopt(&mut self, gpu: &Gpu, ctx: &mut Context<Self>) -> Option<usize> {
+    /// Gives a GPU a slot.
+    fn adopt(&mut self, gpu: &Gpu, ctx: &mut Context<Self>) {
         let mut slot = Slot::gpu(gpu.clone());
         let remembered =
             self.survey.remembered.iter().find(|record| record.uuid.as_deref() == Some(&gpu.uuid));
         if let Some(record) = remembered {
             slot.remember(record);
         }
-        let is_tested = slot.health == Health::Testing;
+        self.survey.to_test.push(self.bays.len());
         self.add_bay(slot, ctx);
-        is_tested.then(|| self.bays.len() - 1)
     }
 
     fn lose(&mut self, index: usize, why: &str) {
@@ -227,11 +229,11 @@ impl Supervisor {
         let (name, obstacle) = (bay.slot.name(), bay.slot.obstacle().unwrap_or_default());
         if must_test {
             tracing::warn!("{name} failed and {obstacle}");
-            self.test(ended.slot, ctx);
+            self.survey.to_test.push(ended.slot);
         } else {
             tracing::error!("{name} {obstacle}");
         }
-        // It may be gone altogether.
+        // It may be gone altogether: the look comes before the test.
         self.look(ctx);
     }
 
