@@ -36,7 +36,7 @@ fn two_jobs_take_turns_on_one_gpu() {
     world.drop_job("a.yaml", job("a"));
     world.wait_state("a", JobState::Running);
     world.drop_job("b.yaml", job("b"));
-    assert_eq!(world.wait_reason("b", "waits for").reason, "waits for GPU 0, which trains a");
+    assert_eq!(world.wait_reason("b", "waits for GPU").reason, "waits for GPU 0, which trains a");
     let first = world.wait_state("a", JobState::Completed);
     let second = world.wait_state("b", JobState::Completed);
     assert!(second.started_unix_ms >= first.finished_unix_ms, "one after the other");
