@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::folder_watcher::{FolderWatcher, IsQuiet};
 use super::keeper::Keeper;
 use super::recovery;
-use super::supervisor::{Introduce, KillAll, Notice, Observer, Shutdown, Supervisor};
+use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor};
 use super::trainer::TrainerConfig;
 use crate::adapters::gpu::{GpuPort, NoGpus, ProbeProgram};
 use crate::adapters::queue::journal::Journal;
@@ -275,5 +275,7 @@ impl Service {
 /// True when every dropped file has its verdict and no job is left to do.
 async fn is_empty(actors: &Actors, keeper: &Keeper) -> bool {
     let quiet = actors.watcher.send(IsQuiet).await.unwrap_or(false);
-    quiet && keeper.with(|journal| Ok(journal.active()?.is_empty())).await.unwrap_or(false)
+    let is_done = keeper.with(|journal| Ok(journal.active()?.is_empty())).await.unwrap_or(false);
+    // The journal knows of an end before the supervisor has told anybody.
+    quiet && is_done && actors.supervisor.send(IsIdle).await.unwrap_or(false)
 }

@@ -164,6 +164,19 @@ impl Handler<Shutdown> for Supervisor {
     }
 }
 
+/// Has every job that ended been reported, and every slot no job?
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct IsIdle;
+
+impl Handler<IsIdle> for Supervisor {
+    type Result = bool;
+
+    fn handle(&mut self, _: IsIdle, _ctx: &mut Context<Self>) -> bool {
+        self.is_idle()
+    }
+}
+
 /// Kill the trainers now.
 #[derive(Message)]
 #[rtype(result = "()")]
