@@ -58,18 +58,26 @@ common() {
 kernel_common=$(common tests/emulator/emula*.h kernels/*.cuh)
 own_common=$(common tests/emulator/*.h)
 
-# compile COMMON SOURCE OBJECT FLAG...: unless the object was made from the same text.
+# compile COMMON SOURCE OBJECT FLAG...: unless the object was made from the same text. Where some header has changed, the
+# text with its headers decides (with line numbers, which the object holds).
 compile() {
-    local common=$1 source=$2 object=$3 stamp
+    local common=$1 source=$2 object=$3 stamp text
     shift 3
     stamp=$({ echo "$common $source $*"; cat "$source"; } | sha256sum | cut -c 1-64)
     if [ -f "$object" ] && [ "$(cat "$object.stamp" 2>/dev/null)" = "$stamp" ]; then return 0; fi
+    text=$({ "$compiler" --version; echo "${flags[@]} $*"; "$compiler" "${flags[@]}" "$@" -E "$source" 2>&1; } 9>&- |
+        sha256sum | cut -c 1-64)
+    if [ -f "$object" ] && [ -f "$object.stamp" ] && [ "$(cat "$object.text" 2>/dev/null)" = "$text" ]; then
+        echo "$stamp" >"$object.stamp"
+        return 0
+    fi
     rm -f "$object.stamp"
     if ! "$compiler" "${flags[@]}" "$@" -c "$source" -o "$object" 2>"$object.log" 9>&-; then
         cat "$object.log" >&2
         return 1
     fi
     rm -f "$object.log"
+    echo "$text" >"$object.text"
     echo "$stamp" >"$object.stamp"
 }
 
