@@ -33,6 +33,7 @@ fn sample(iteration: u64) -> Checkpoint {
             elapsed_s: 12.75,
             rollbacks: 0,
             loss_scale: None,
+            tuning: Tuning::default(),
         },
         values: numbers(40, 0.3),
         buffers: numbers(9, 0.7),

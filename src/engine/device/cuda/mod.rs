@@ -17,10 +17,13 @@ mod probe;
 pub mod sources;
 mod stream;
 mod tensor;
+pub mod tuner;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tuner_tests;
 
 pub use chip::Chip;
 pub use context::{Buffer, Device, Memory, PinnedBuffer};
