@@ -85,3 +85,43 @@ fn convolutions(name: &str, nc: usize) -> Vec<Conv2dParams> {
     };
     nodes.filter_map(of).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::detect::losses::detection::LossConfig;
+    use crate::engine::device::cuda::{Chip, Precision, testing};
+    use crate::engine::ops::conv2d::cuda::{Case, Method, MmaConfig, Pass, Shape};
+    use crate::engine::plan::Target;
+    use crate::engine::tensor::View;
+    use crate::train::session::Compute;
+
+    fn table(chip: &Chip, params: &[Conv2dParams]) -> Tuning {
+        let mut tuning = Tuning::new(chip, Precision::Bf16);
+        for p in params {
+            let (x, y) = (View::new(0, 2, 8, 8, p.c_in, 1), View::new(0, 2, 8, 8, p.c_out, 1));
+            let shape = Shape::of_views(&x, &y, Precision::Bf16);
+            let config = MmaConfig { method: Method::Gather, rows: 128, columns: 16, splits: 1 };
+            tuning.insert(Case { pass: Pass::Forward, params: *p, shape }, config);
+        }
+        tuning
+    }
+
+    #[test]
+    fn a_network_takes_what_was_measured_for_it_and_nothing_else() {
+        for device in testing::devices() {
+            let compute = Compute::Cuda { device: Arc::clone(&device), precision: Precision::Bf16 };
+            let mut network = Network::new("yolov8n", 2, LossConfig::new(2), &compute).expect("it loads");
+            let own = convolutions("yolov8n", 2)[1];
+            let foreign = Conv2dParams { c_in: 24, c_out: 24, kernel: 7, stride: 1, pad: 3 };
+            network.use_tuning(&table(device.chip(), &[own, foreign]));
+            assert_eq!(*network.tuning(), table(device.chip(), &[own]));
+            // Plans are made with the table that the kernels look into.
+            let Target::Cuda { tuning, .. } = network.target() else { panic!("a GPU") };
+            assert_eq!(tuning.identity(), network.tuning().identity());
+            let other = Chip { name: "another".into(), ..device.chip().clone() };
+            network.use_tuning(&table(&other, &[own]));
+            assert!(network.tuning().is_empty());
+        }
+    }
+}
