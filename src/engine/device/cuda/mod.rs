@@ -17,11 +17,11 @@ mod probe;
 pub mod sources;
 mod stream;
 mod tensor;
-pub mod tuner;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+pub mod tuner;
 #[cfg(test)]
 mod tuner_tests;
 

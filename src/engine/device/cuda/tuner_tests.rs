@@ -100,8 +100,7 @@ fn candidates_are_timed_on_the_device() {
         let plans = [Mode::Train, Mode::Eval]
             .map(|mode| Plan::for_target(&graph, &params, 2, mode, &executor.target()));
         let plans: Vec<_> = plans.iter().map(|plan| (&graph, plan)).collect();
-        let measured =
-            tuner::measure(&device, PRECISION, &plans, &Tuning::default(), &Limits::default());
+        let measured = tuner::measure(&device, PRECISION, &plans, &Tuning::default(), &Limits::default());
         let tuning = measured.expect("no fault");
         assert!(tuning.len() >= 7 && tuning.fits(device.chip(), PRECISION));
         // Whatever the clock found, a plan made with it runs.

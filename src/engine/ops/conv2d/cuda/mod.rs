@@ -143,8 +143,7 @@ pub fn stats_layout(
     if !uses_tensor_cores(p, shape, precision, chip) {
         return plain::stats_layout(p, shape);
     }
-    let (partials, pixels_per_partial) =
-        tuning.choose(Pass::Forward, p, shape, chip).stats_tiles(p, shape);
+    let (partials, pixels_per_partial) = tuning.choose(Pass::Forward, p, shape, chip).stats_tiles(p, shape);
     StatsLayout { partials, pixels_per_partial }
 }
 

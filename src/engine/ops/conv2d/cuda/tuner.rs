@@ -186,7 +186,8 @@ fn candidates(case: &Case, chip: &Chip, count: usize) -> Vec<MmaConfig> {
     let all = MmaConfig::candidates(case.pass, &case.params, &case.shape, chip);
     let (mut kept, rest) = (all[..all.len().min(count.max(1))].to_vec(), all.iter().skip(count.max(1)));
     for config in rest {
-        let same = |k: &MmaConfig| std::mem::discriminant(&k.method) == std::mem::discriminant(&config.method);
+        let same =
+            |k: &MmaConfig| std::mem::discriminant(&k.method) == std::mem::discriminant(&config.method);
         if !kept.iter().any(same) {
             kept.push(*config);
         }
@@ -266,11 +267,7 @@ impl EventClock {
     fn launch(&self, subject: &Subject, places: &Places, config: MmaConfig) -> Result<(), DeviceError> {
         let Case { pass, params: p, shape } = &subject.case;
         let kernels = &self.kernels;
-        kernels
-            .chosen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert((*pass, *p, *shape), config);
+        kernels.chosen.lock().unwrap_or_else(PoisonError::into_inner).insert((*pass, *p, *shape), config);
         let at = |place: usize| self.memory.pointer() + place as u64;
         let x = tensor_at(at(places.x), &subject.x, kernels.precision.bytes());
         let y = tensor_at(at(places.y), &subject.y, subject.y_bytes(kernels.precision));

@@ -21,7 +21,8 @@ fn chip(name: &str) -> Chip {
 fn subject(c: usize, chip: &Chip) -> Subject {
     let p = Conv2dParams { c_in: c, c_out: c, kernel: 3, stride: 1, pad: 1 };
     let map = View::new(0, 4, 20, 20, c, 1);
-    Subject::new(Pass::Forward, p, (map, map), Output::Stats, Precision::Bf16, chip).expect("for tensor cores")
+    Subject::new(Pass::Forward, p, (map, map), Output::Stats, Precision::Bf16, chip)
+        .expect("for tensor cores")
 }
 
 /// A clock that says what it is told, the first candidate first, and counts.
@@ -112,13 +113,14 @@ fn a_file_gives_back_what_was_merged_into_it() {
 fn damaged_and_foreign_files_count_as_none_and_are_replaced() {
     let (ours, folder) = (chip("Test"), tempfile::tempdir().expect("a folder"));
     let read = |chip: &Chip, precision| tuning_file::read(folder.path(), chip, precision);
-    let (tuning, _) =
-        measured(&[subject(64, &ours)], &Tuning::default(), &Limits::default(), &[2.0, 1.0]);
+    let (tuning, _) = measured(&[subject(64, &ours)], &Tuning::default(), &Limits::default(), &[2.0, 1.0]);
     let path = tuning_file::merge(folder.path(), &ours, Precision::Bf16, &tuning).expect("written");
     let whole = fs::read_to_string(&path).expect("a file");
     // Another chip, fewer multiprocessors of it, or another precision look for other files, and refuse this one.
     let others = [chip("Other"), Chip { multiprocessors: 66, ..ours.clone() }];
-    for (chip, precision) in [(&others[0], Precision::Bf16), (&others[1], Precision::Bf16), (&ours, Precision::F16)] {
+    for (chip, precision) in
+        [(&others[0], Precision::Bf16), (&others[1], Precision::Bf16), (&ours, Precision::F16)]
+    {
         assert!(read(chip, precision).is_empty());
         fs::copy(&path, tuning_file::path(folder.path(), chip, precision)).expect("a copy");
         assert!(read(chip, precision).is_empty());
@@ -126,7 +128,9 @@ fn damaged_and_foreign_files_count_as_none_and_are_replaced() {
     let splits = whole.find("\"splits\":").expect("an entry") + 9;
     let flipped = format!("{}7{}", &whole[..splits], &whole[splits..]);
     let other_kernels = whole.replacen("\"kernels\":\"", "\"kernels\":\"0", 1);
-    for damaged in ["", "{}", &whole[..whole.len() / 2], &flipped, &other_kernels, "\u{0}\u{1}"] {
+    for damaged in
+        ["", "{}", &whole[..whole.len() / 2], flipped.as_str(), other_kernels.as_str(), "\u{0}\u{1}"]
+    {
         fs::write(&path, damaged).expect("written");
         assert!(read(&ours, Precision::Bf16).is_empty(), "{damaged:?}");
         tuning_file::merge(folder.path(), &ours, Precision::Bf16, &tuning).expect("written");

@@ -88,14 +88,16 @@ pub fn merge(folder: &Path, chip: &Chip, precision: Precision, measured: &Tuning
     fs::create_dir_all(folder)?;
     let path = path(folder, chip, precision);
     // Held to the end: two that merge at a time must not lose each other's entries.
-    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path.with_extension("lock"))?;
+    let lock =
+        OpenOptions::new().create(true).truncate(false).write(true).open(path.with_extension("lock"))?;
     lock.lock()?;
     let mut tuning = read(folder, chip, precision);
     tuning.extend(measured);
     let content = Content { form: FORM, kernels: kernels_hash(), identity: tuning.identity(), tuning };
     let beside = path.with_extension(format!("{}.part", std::process::id()));
     let written = serde_json::to_vec(&content).map_err(io::Error::other);
-    let written = written.and_then(|bytes| fs::write(&beside, bytes)).and_then(|()| fs::rename(&beside, &path));
+    let written =
+        written.and_then(|bytes| fs::write(&beside, bytes)).and_then(|()| fs::rename(&beside, &path));
     written.inspect_err(|_| {
         fs::remove_file(&beside).ok();
     })?;
