@@ -19,7 +19,9 @@ use serde_json::{Map, Value as Json};
 
 use progress::{log_event, merge_progress};
 
-pub use messages::{ChildEnded, ChildEvent, ChildStarted, Introduce, IsIdle, KillAll, Shutdown, StopJob, Wake};
+pub use messages::{
+    ChildEnded, ChildEvent, ChildStarted, Introduce, IsIdle, KillAll, Shutdown, StopJob, Wake,
+};
 pub(super) use progress::prepare_log;
 
 use super::endings;

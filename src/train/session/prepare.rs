@@ -26,6 +26,9 @@ use crate::train::error::TrainError;
 use crate::train::event::SessionEvent;
 use crate::train::schedule::Schedule;
 
+/// Environment: `1` lets a new run measure the cuts of its convolutions before it begins.
+const TUNE: &str = "BOXWRIGHT_TUNE";
+
 /// Gets a run ready: the next thing it does is a batch.
 pub(super) fn prepare<'r, 'o>(
     spec: &SessionSpec,
@@ -56,6 +59,11 @@ pub(super) fn prepare<'r, 'o>(
     let loss = LossConfig { reg_max: detector.reg_max, ..loss_config(&args, &train, nc) };
     let mut network = Network::new(&architecture, nc, loss.clone(), &compute)?;
     initial::freeze(&mut network.params, &args.freeze, detector.head_row)?;
+    match &found {
+        // Whatever was measured since: the sums of a run keep their order.
+        Some((_, checkpoint)) => network.use_tuning(&checkpoint.progress.tuning),
+        None => network.use_stored_tuning(),
+    }
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
         None => {
@@ -77,6 +85,9 @@ pub(super) fn prepare<'r, 'o>(
         }
     };
     check_batch(&args, &resolved, train.len(), reporter);
+    if found.is_none() && std::env::var_os(TUNE).is_some_and(|v| v == "1") {
+        network.tune((resolved.batch, imgsz, imgsz), false)?;
+    }
     let mut optimizer = optimizer(&args, &resolved, &network.params)?;
     let fingerprint = save::fingerprint(&detector.name, nc, network.params.trainable_count(), &optimizer);
     let batches = train.len().div_ceil(resolved.batch);

@@ -23,6 +23,9 @@ mod tensor_map;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+pub mod tuner;
+#[cfg(test)]
+mod tuner_tests;
 
 pub use chip::Chip;
 pub use context::{Buffer, Device, Memory, PinnedBuffer};

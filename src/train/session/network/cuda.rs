@@ -18,6 +18,7 @@ use crate::engine::device::cuda::executor::{self, DeviceParams, Executor};
 use crate::engine::device::cuda::{
     Buffer, CapturedGraph, Device, DeviceError, Event, LaunchTime, Module, PinnedBuffer, Precision,
 };
+use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{DeviceOptimizer, Ema, LossScale, Optimizer, StepTargets};
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Plan, Target as PlanTarget};
@@ -109,6 +110,16 @@ impl CudaBackend {
 
     pub fn target(&self) -> PlanTarget {
         self.executor.target()
+    }
+
+    pub fn gpu(&self) -> (&Arc<Device>, Precision) {
+        (self.executor.device(), self.executor.precision())
+    }
+
+    /// Plans made before are for another target from now on.
+    pub fn set_tuning(&mut self, tuning: Arc<Tuning>) {
+        self.captured.clear();
+        self.executor.set_tuning(tuning);
     }
 
     /// Bytes of device memory that this backend holds.

@@ -5,6 +5,7 @@
 
 mod cpu;
 mod cuda;
+mod tuning;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::detect::targets::Target;
 use crate::engine::device::cpu::Profile;
 use crate::engine::device::cuda::{Device, DeviceError, Event, Precision};
 use crate::engine::error::EngineError;
+use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{Ema, LossScale, Optimizer};
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan, StepCost, Target as PlanTarget};
@@ -82,6 +84,8 @@ pub struct Network {
     reg_max: usize,
     plans: HashMap<Shape, Shaped>,
     backend: Backend,
+    /// What convolutions on a GPU are cut by.
+    tuning: Arc<Tuning>,
 }
 
 /// What was found in a batch.
@@ -112,7 +116,7 @@ impl Network {
             }
         };
         let (name, reg_max) = (detector.name, detector.reg_max);
-        Ok(Network { params, name, nc, reg_max, plans: HashMap::new(), backend })
+        Ok(Network { params, name, nc, reg_max, plans: HashMap::new(), backend, tuning: Arc::default() })
     }
 
     /// Threads that compute on the CPU.

@@ -1,13 +1,15 @@
 //! How a convolution is cut for the tensor cores: the choices, a model of their cost, and which one is taken.
 //!
-//! A choice fixes the order of every sum, so it depends on the shape and the chip alone: the same choice gives the
-//! same bits. [`MmaConfig::choose`] takes the cheapest by the model; [`MmaConfig::candidates`] gives the
-//! best few in order, for a tuner that times them.
+//! A choice fixes the order of every sum: the same choice gives the same bits. [`MmaConfig::choose`] takes the
+//! cheapest by the model, which depends on the shape and the chip alone; [`MmaConfig::candidates`] gives the best in
+//! order, of which `tuner` times a few. What it found stands in a `Tuning`, which a run keeps.
 //!
 //! The model, in cycles of one multiprocessor: a tile takes as long as the slowest of its products (1024 a cycle),
 //! its reads through L2 (24 bytes a cycle) and its fragments from shared memory (128 bytes a cycle). As many blocks
 //! as fit share a multiprocessor, so a wave of them takes that many tiles' time and one latency, but no less than one
 //! block takes by itself, whose steps wait for memory; splitting a sum pays for writing and reading the parts.
+
+use serde::{Deserialize, Serialize};
 
 use crate::engine::device::cuda::Chip;
 use crate::engine::ops::conv2d::Conv2dParams;
@@ -16,7 +18,7 @@ use super::mma_config_weight::WeightProduct;
 use super::{Shape, wgmma};
 
 /// Which sum a configuration is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Pass {
     /// The output.
     Forward,
@@ -27,7 +29,7 @@ pub enum Pass {
 }
 
 /// How a block finds its pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Method {
     /// Row by row, each tap by itself (for the weight gradient: one tap a block).
     Gather,
@@ -52,7 +54,7 @@ pub enum Method {
 }
 
 /// A way to cut one pass of one convolution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MmaConfig {
     /// How pixels are found.
     pub method: Method,

@@ -413,11 +413,13 @@ fn mma_the_whole_interface_takes_aligned_cases() {
         let (p, chip, stream) = (&bench.case.p, device.chip(), &bench.stream);
         assert!(uses_tensor_cores(p, &bench.shape(Pass::Forward), Precision::Bf16, chip));
         assert!(!uses_tensor_cores(p, &bench.shape(Pass::Forward), Precision::F32, chip));
+        let model = Tuning::default();
         let passes = [Pass::Forward, Pass::BackwardData, Pass::BackwardWeight];
-        let words = passes.map(|pass| workspace_len(pass, p, &bench.shape(pass), Precision::Bf16, chip));
+        let words =
+            passes.map(|pass| workspace_len(pass, p, &bench.shape(pass), Precision::Bf16, chip, &model));
         let workspace = device.allocate(words.into_iter().max().map_or(4, |w| w.max(1) * 4)).expect("memory");
         stream.upload(&bench.dw, 0, &vec![1.0f32; p.weight_len()]).expect("a copy");
-        let layout = stats_layout(p, &bench.shape(Pass::Forward), Precision::Bf16, chip);
+        let layout = stats_layout(p, &bench.shape(Pass::Forward), Precision::Bf16, chip, &model);
         assert_eq!(layout.partials, 256usize.div_ceil(layout.pixels_per_partial));
         let stats = device.allocate(layout.len(p) * 4).expect("memory");
         let (x, y, dy, dx) = (bench.x.tensor(), bench.y.tensor(), bench.dy.tensor(), bench.dx.tensor());
