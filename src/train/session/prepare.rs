@@ -11,16 +11,16 @@ use super::feeding::{
     STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, validation_args, validation_split,
 };
 use super::memory::Demand;
-use super::network::{Network, build};
+use super::network::{Compute, Network, build};
 use super::reporter::Reporter;
 use super::{Run, SessionSpec, initial, pretrained, save};
 use crate::data::{Split, SplitName, ValLoader};
 use crate::detect::losses::detection::LossConfig;
 use crate::engine::optim::Ema;
 use crate::engine::plan::Mode;
-use crate::train::args::Source;
+use crate::train::args::{Source, TrainArgs};
 use crate::train::autobatch::largest_side;
-use crate::train::checkpoint::{self, Checkpoint, Store};
+use crate::train::checkpoint::{self, Checkpoint, Resolved, Store};
 use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::SessionEvent;
@@ -67,21 +67,8 @@ pub(super) fn prepare<'r, 'o>(
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
         None => {
-            // Memory must do for the largest size that `multi_scale` may draw.
-            let side = largest_side(imgsz, args.multi_scale, STRIDE_MAX);
-            let largest = build(&architecture, nc, side, side)?;
-            let demand = Demand {
-                args: &args,
-                compute: &compute,
-                network: &network,
-                largest: &largest,
-                loss: &loss,
-                imgsz,
-                images: train.len(),
-                boxes_max: train.boxes_per_image_max(),
-                gpu_share_max: spec.gpu_share_max,
-            };
-            resolve(&args, &largest, demand.choose()?, train.len(), nc)?
+            let sizes = (&train, imgsz);
+            choose_batch(spec, &args, &compute, &network, &loss, sizes)?
         }
     };
     check_batch(&args, &resolved, train.len(), reporter);
@@ -154,6 +141,32 @@ pub(super) fn prepare<'r, 'o>(
     run.network.push(&run.optimizer, &run.ema)?;
     run.report_plan(resumed);
     Ok(run)
+}
+
+/// The batch and what follows from it, for a run that begins.
+fn choose_batch(
+    spec: &SessionSpec,
+    args: &TrainArgs,
+    compute: &Compute,
+    network: &Network,
+    loss: &LossConfig,
+    (train, imgsz): (&Split, usize),
+) -> Result<Resolved, TrainError> {
+    // Memory must do for the largest size that `multi_scale` may draw.
+    let side = largest_side(imgsz, args.multi_scale, STRIDE_MAX);
+    let largest = build(network.name(), loss.nc, side, side)?;
+    let demand = Demand {
+        args,
+        compute,
+        network,
+        largest: &largest,
+        loss,
+        imgsz,
+        images: train.len(),
+        boxes_max: train.boxes_per_image_max(),
+        gpu_share_max: spec.gpu_share_max,
+    };
+    resolve(args, &largest, demand.choose()?, train.len(), loss.nc)
 }
 
 /// Plans the largest validation batch.
