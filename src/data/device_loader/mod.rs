@@ -2,8 +2,8 @@
 //!
 //! [`DeviceLoader`] is to the GPU what [`super::TrainLoader`] is to the CPU: the same order, the same draws, the same boxes,
 //! the same pixels. Decoded images, scaled for the network input, stay in the device's memory within a budget
-//! ([`residency`]); those that are missing are decoded by threads and copied ([`uploads`]). One thread ([`director`])
-//! plans batches ahead, makes their boxes, writes the tables of the kernel ([`tables`]) and queues it ([`kernels`],
+//! (`residency`); those that are missing are decoded by threads and copied (`uploads`). One thread (`director`)
+//! plans batches ahead, makes their boxes, writes the tables of the kernel (`tables`) and queues it (`kernels`,
 //! `kernels/augment.cu`) into one of several buffers, while the network works on another.
 
 mod director;
