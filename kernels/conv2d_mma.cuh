@@ -36,15 +36,19 @@ struct ConvOutput {
 
 // ---- fragments ----------------------------------------------------------------------------------------------------
 
-// acc += a b for the fragments of one k16 step; b[j] holds two neighbouring 8-column fragments.
-template <class T, i32 MT, i32 NT>
-DEVI void conv_mma(float (&acc)[MT][NT][4], const u32 (&a)[MT][4], const u32 (&b)[NT / 2][4]) {
+// acc += a b for the fragments of one k16 step. `load(j, b)` loads the fragments of columns 16 j .. 16 j + 15; those of
+// the next columns are under way while these are used, and no more of them take registers.
+template <class T, i32 MT, i32 NT, class Load>
+DEVI void conv_mma(float (&acc)[MT][NT][4], const u32 (&a)[MT][4], const Load& load) {
+  u32 b[2][4];
+  load(0, b[0]);
 #pragma unroll
   for (i32 j = 0; j < NT / 2; ++j) {
+    if (j + 1 < NT / 2) load(j + 1, b[(j + 1) % 2]);
 #pragma unroll
     for (i32 i = 0; i < MT; ++i) {
-      mma_16x8x16(T{}, acc[i][2 * j], a[i], b[j][0], b[j][1]);
-      mma_16x8x16(T{}, acc[i][2 * j + 1], a[i], b[j][2], b[j][3]);
+      mma_16x8x16(T{}, acc[i][2 * j], a[i], b[j % 2][0], b[j % 2][1]);
+      mma_16x8x16(T{}, acc[i][2 * j + 1], a[i], b[j % 2][2], b[j % 2][3]);
     }
   }
 }

@@ -114,9 +114,11 @@ DEVI void conv_gather(const ConvGatherArgs& args) {
 
   // This thread's rows, and its group of the next step as (tap, group within the tap).
   const u32 unit = tid & 3;
+  // With 128 accumulators a thread has no registers to keep the offsets of its rows in.
+  constexpr bool LEAN = MT * NT >= 32;
   u32 offsets[A_LOADS];
 #pragma unroll
-  for (i32 i = 0; i < A_LOADS; ++i) offsets[i] = row_in[tid / 4 + i * (THREADS / 4)];
+  for (i32 i = 0; i < A_LOADS; ++i) offsets[i] = LEAN ? 0 : row_in[tid / 4 + i * (THREADS / 4)];
   const u32 groups = taps.count_y * taps.count_x * args.channel_groups;
   const u32 all_steps = (groups + 3) / 4;
   const u32 first = min(blockIdx.y * args.steps_per_split, all_steps);
@@ -139,7 +141,8 @@ DEVI void conv_gather(const ConvGatherArgs& args) {
 #pragma unroll
     for (i32 i = 0; i < A_LOADS; ++i) {
       const u32 row = tid / 4 + i * (THREADS / 4);
-      cp_async16(a + row * 64 + ((unit ^ (row >> 1 & 3)) << 4), x + (u32)(offsets[i] + delta), live);
+      const u32 at = (LEAN ? row_in[row] : offsets[i]) + delta;
+      cp_async16(a + row * 64 + ((unit ^ (row >> 1 & 3)) << 4), x + at, live);
     }
     if (BACKWARD) {
       const u32 weight_tap = taps.weight_first + tap_y * taps.weight_step_y + tap_x * taps.weight_step_x;
@@ -169,23 +172,13 @@ DEVI void conv_gather(const ConvGatherArgs& args) {
     }
   };
 
-  // Addresses of this lane's rows for ldmatrix at k = 0; k = 16 is 32 bytes further, swizzled.
-  u32 a_at[MT], b_at[NT / 2];
-#pragma unroll
-  for (i32 i = 0; i < MT; ++i) {
-    const u32 row = (warp_m * MT + i) * 16 + (lane & 15);
-    a_at[i] = row * 64 + (((lane >> 4) ^ (row >> 1 & 3)) << 4);
-  }
-#pragma unroll
-  for (i32 j = 0; j < NT / 2; ++j) {
-    const u32 n0 = (warp_n * NT + 2 * j) * 8;
-    if (BACKWARD) {
-      const u32 row = n0 + (lane & 7) + (lane >> 4) * 8;
-      b_at[j] = A_BYTES + row * 64 + (((lane >> 3 & 1) ^ (row >> 1 & 3)) << 4);
-    } else {
-      b_at[j] = A_BYTES + (lane & 15) * B_PITCH + (n0 + (lane >> 4) * 8) * 2;
-    }
-  }
+  // Addresses of this lane's rows for ldmatrix at k = 0; k = 16 is 32 bytes further, swizzled, and the next fragment a
+  // fixed distance away, which the swizzle does not see.
+  const u32 a_row = warp_m * MT * 16 + (lane & 15);
+  const u32 a_at = a_row * 64 + (((lane >> 4) ^ (a_row >> 1 & 3)) << 4);
+  const u32 b_row = warp_n * NT * 8 + (lane & 7) + (lane >> 4) * 8;
+  const u32 b_at = A_BYTES + (BACKWARD ? b_row * 64 + (((lane >> 3 & 1) ^ (b_row >> 1 & 3)) << 4)
+                                       : (lane & 15) * B_PITCH + (warp_n * NT * 8 + (lane >> 4) * 8) * 2);
 
   float acc[MT][NT][4];
   conv_clear(acc);
@@ -203,17 +196,15 @@ DEVI void conv_gather(const ConvGatherArgs& args) {
     const u8* stage = smem + slot * STAGE;
 #pragma unroll
     for (u32 k = 0; k < 2; ++k) {
-      u32 a[MT][4], b[NT / 2][4];
+      u32 a[MT][4];
 #pragma unroll
-      for (i32 i = 0; i < MT; ++i) ldmatrix_x4(a[i], stage + (a_at[i] ^ (k << 5)));
-#pragma unroll
-      for (i32 j = 0; j < NT / 2; ++j) {
+      for (i32 i = 0; i < MT; ++i) ldmatrix_x4(a[i], stage + (a_at ^ (k << 5)) + i * 1024);
+      conv_mma<T, MT, NT>(acc, a, [&](i32 j, u32(&b)[4]) {
         if (BACKWARD)
-          ldmatrix_x4(b[j], stage + (b_at[j] ^ (k << 5)));
+          ldmatrix_x4(b, stage + (b_at ^ (k << 5)) + j * 1024);
         else
-          ldmatrix_x4_trans(b[j], stage + b_at[j] + k * 16 * B_PITCH);
-      }
-      conv_mma<T, MT, NT>(acc, a, b);
+          ldmatrix_x4_trans(b, stage + b_at + k * 16 * B_PITCH + j * 32);
+      });
     }
     slot = slot + 1 == STAGES ? 0 : slot + 1;
     next_slot = next_slot + 1 == STAGES ? 0 : next_slot + 1;

@@ -4,14 +4,14 @@
 
 #if __CUDA_ARCH__ >= 800 || defined(BOXWRIGHT_EMULATOR)
 
-KERNEL(conv2d_gather_forward_128x16_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 16, 4, 1, 4>(args); }
-KERNEL(conv2d_gather_forward_128x32_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 32, 4, 1, 4>(args); }
+KERNEL_RESIDENT(conv2d_gather_forward_128x16_bf16, ConvGatherArgs, 128, 4) { conv_gather<bf16, false, 128, 16, 4, 1, 4>(args); }
+KERNEL_RESIDENT(conv2d_gather_forward_128x32_bf16, ConvGatherArgs, 128, 4) { conv_gather<bf16, false, 128, 32, 4, 1, 4>(args); }
 KERNEL(conv2d_gather_forward_128x48_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 48, 4, 1, 4>(args); }
 KERNEL(conv2d_gather_forward_128x64_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 64, 4, 1, 4>(args); }
 KERNEL(conv2d_gather_forward_128x80_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 80, 4, 1, 4>(args); }
 KERNEL(conv2d_gather_forward_128x96_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 96, 2, 2, 4>(args); }
 KERNEL(conv2d_gather_forward_128x128_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 128, 128, 2, 2, 4>(args); }
-KERNEL(conv2d_gather_forward_64x64_bf16, ConvGatherArgs, 128) { conv_gather<bf16, false, 64, 64, 2, 2, 4>(args); }
+KERNEL_RESIDENT(conv2d_gather_forward_64x64_bf16, ConvGatherArgs, 128, 4) { conv_gather<bf16, false, 64, 64, 2, 2, 4>(args); }
 KERNEL(conv2d_gather_forward_256x128_bf16, ConvGatherArgs, 256) { conv_gather<bf16, false, 256, 128, 4, 2, 3>(args); }
 
 #endif

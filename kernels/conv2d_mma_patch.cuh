@@ -110,8 +110,14 @@ DEVI void conv_patch(const ConvPatchArgs& args) {
   u32 column_tile;
   const u32 tile = divide(args.column_tiles, blockIdx.x, column_tile);
   const u32 column0 = column_tile * BN;
-  const ConvPatchTile place = conv_patch_tile(args, tile, BM);
-  conv_patch_rows<BM, THREADS>(args, place, tile, row_in, row_out, row_residual);
+  // Where the patch lies, kept in shared memory: registers are scarce.
+  __shared__ u32 patch_row0, patch_column0, patch_last_row;
+  {
+    const ConvPatchTile place = conv_patch_tile(args, tile, BM);
+    conv_patch_rows<BM, THREADS>(args, place, tile, row_in, row_out, row_residual);
+    if (tid == 0) patch_row0 = place.row0, patch_column0 = place.column0, patch_last_row = place.last_row;
+  }
+  __syncthreads();
 
   const u32 first_chunk = blockIdx.y * args.chunks_per_split;
   const u32 chunks = min(args.chunks - min(args.chunks, first_chunk), args.chunks_per_split);
@@ -129,7 +135,8 @@ DEVI void conv_patch(const ConvPatchArgs& args) {
       u32 dx;
       const u32 dy = divide(args.patch_w, pixel, dx);
       // Pixels beyond the border are under rows that are dropped: any number will do.
-      const u32 row = min(place.row0 + dy, place.last_row), column = min(place.column0 + dx, args.padded_w - 1);
+      const u32 row = min(patch_row0 + dy, patch_last_row);
+      const u32 column = min(patch_column0 + dx, args.padded_w - 1);
       const bool valid = group < args.channel_groups;
       const u64 at = (u64)row * args.row_pitch + column * args.pixel_pitch + (valid ? group : 0);
       cp_async16(to + pixel * CONV_PATCH_PITCH + half * 16, x + at, valid);
@@ -169,16 +176,11 @@ DEVI void conv_patch(const ConvPatchArgs& args) {
     if (s < steps) load(s);
     cp_async_commit();
   }
-  __syncthreads();
-  u32 a_at[MT], b_at[NT / 2];
+  u32 a_at[MT];
 #pragma unroll
   for (i32 i = 0; i < MT; ++i) a_at[i] = row_in[(warp_m * MT + i) * 16 + (lane & 15)] + (lane >> 4) * 16;
-#pragma unroll
-  for (i32 j = 0; j < NT / 2; ++j) {
-    const u32 n0 = (warp_n * NT + 2 * j) * 8;
-    b_at[j] = BACKWARD ? (n0 + (lane & 7) + (lane >> 4) * 8) * B_PITCH + (lane >> 3 & 1) * 16
-                       : (lane & 15) * B_PITCH + (n0 + (lane >> 4) * 8) * 2;
-  }
+  const u32 b_at = BACKWARD ? (warp_n * NT * 8 + (lane & 7) + (lane >> 4) * 8) * B_PITCH + (lane >> 3 & 1) * 16
+                            : (lane & 15) * B_PITCH + (warp_n * NT * 8 + (lane >> 4) * 8) * 2;
   u32 slot = 0, next_slot = STAGES - 1, a = 0, chunk = 0;
   for (u32 step = 0; step < steps; ++step) {
     cp_async_wait<STAGES - 2>();
@@ -189,17 +191,15 @@ DEVI void conv_patch(const ConvPatchArgs& args) {
     const u8* weights = smem + slot * B_BYTES;
 #pragma unroll
     for (u32 b = 0; b < 3; ++b) {
-      u32 fa[MT][4], fb[NT / 2][4];
+      u32 fa[MT][4];
 #pragma unroll
       for (i32 i = 0; i < MT; ++i) ldmatrix_x4(fa[i], patch + a_at[i] + b * CONV_PATCH_PITCH);
-#pragma unroll
-      for (i32 j = 0; j < NT / 2; ++j) {
+      conv_mma<T, MT, NT>(acc, fa, [&](i32 j, u32(&fb)[4]) {
         if (BACKWARD)
-          ldmatrix_x4(fb[j], weights + b_at[j] + b * 32);
+          ldmatrix_x4(fb, weights + b_at + j * 16 * B_PITCH + b * 32);
         else
-          ldmatrix_x4_trans(fb[j], weights + b_at[j] + b * 16 * B_PITCH);
-      }
-      conv_mma<T, MT, NT>(acc, fa, fb);
+          ldmatrix_x4_trans(fb, weights + b_at + j * 32 + b * 16 * B_PITCH);
+      });
     }
     if (++a == 3) a = 0, ++chunk;
     slot = slot + 1 == STAGES ? 0 : slot + 1;

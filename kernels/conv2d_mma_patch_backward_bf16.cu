@@ -4,10 +4,10 @@
 
 #if __CUDA_ARCH__ >= 800 || defined(BOXWRIGHT_EMULATOR)
 
-KERNEL(conv2d_patch_backward_128x16_bf16, ConvPatchArgs, 128) { conv_patch<bf16, true, 128, 16, 4, 1>(args); }
-KERNEL(conv2d_patch_backward_256x16_bf16, ConvPatchArgs, 256) { conv_patch<bf16, true, 256, 16, 8, 1>(args); }
-KERNEL(conv2d_patch_backward_128x32_bf16, ConvPatchArgs, 128) { conv_patch<bf16, true, 128, 32, 4, 1>(args); }
-KERNEL(conv2d_patch_backward_256x32_bf16, ConvPatchArgs, 256) { conv_patch<bf16, true, 256, 32, 8, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_backward_128x16_bf16, ConvPatchArgs, 128, 4) { conv_patch<bf16, true, 128, 16, 4, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_backward_256x16_bf16, ConvPatchArgs, 256, 2) { conv_patch<bf16, true, 256, 16, 8, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_backward_128x32_bf16, ConvPatchArgs, 128, 4) { conv_patch<bf16, true, 128, 32, 4, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_backward_256x32_bf16, ConvPatchArgs, 256, 2) { conv_patch<bf16, true, 256, 32, 8, 1>(args); }
 KERNEL(conv2d_patch_backward_128x48_bf16, ConvPatchArgs, 128) { conv_patch<bf16, true, 128, 48, 4, 1>(args); }
 KERNEL(conv2d_patch_backward_256x48_bf16, ConvPatchArgs, 256) { conv_patch<bf16, true, 256, 48, 8, 1>(args); }
 KERNEL(conv2d_patch_backward_128x64_bf16, ConvPatchArgs, 128) { conv_patch<bf16, true, 128, 64, 4, 1>(args); }

@@ -4,10 +4,10 @@
 
 #if __CUDA_ARCH__ >= 800 || defined(BOXWRIGHT_EMULATOR)
 
-KERNEL(conv2d_patch_forward_128x16_bf16, ConvPatchArgs, 128) { conv_patch<bf16, false, 128, 16, 4, 1>(args); }
-KERNEL(conv2d_patch_forward_256x16_bf16, ConvPatchArgs, 256) { conv_patch<bf16, false, 256, 16, 8, 1>(args); }
-KERNEL(conv2d_patch_forward_128x32_bf16, ConvPatchArgs, 128) { conv_patch<bf16, false, 128, 32, 4, 1>(args); }
-KERNEL(conv2d_patch_forward_256x32_bf16, ConvPatchArgs, 256) { conv_patch<bf16, false, 256, 32, 8, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_forward_128x16_bf16, ConvPatchArgs, 128, 4) { conv_patch<bf16, false, 128, 16, 4, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_forward_256x16_bf16, ConvPatchArgs, 256, 2) { conv_patch<bf16, false, 256, 16, 8, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_forward_128x32_bf16, ConvPatchArgs, 128, 4) { conv_patch<bf16, false, 128, 32, 4, 1>(args); }
+KERNEL_RESIDENT(conv2d_patch_forward_256x32_bf16, ConvPatchArgs, 256, 2) { conv_patch<bf16, false, 256, 32, 8, 1>(args); }
 KERNEL(conv2d_patch_forward_128x48_bf16, ConvPatchArgs, 128) { conv_patch<bf16, false, 128, 48, 4, 1>(args); }
 KERNEL(conv2d_patch_forward_256x48_bf16, ConvPatchArgs, 256) { conv_patch<bf16, false, 256, 48, 8, 1>(args); }
 KERNEL(conv2d_patch_forward_128x64_bf16, ConvPatchArgs, 128) { conv_patch<bf16, false, 128, 64, 4, 1>(args); }

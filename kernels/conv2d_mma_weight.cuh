@@ -263,12 +263,11 @@ DEVI void conv_weight_tap(const ConvWeightArgs& args) {
 #pragma unroll
     for (u32 k = 0; k < BK / 16 / WK; ++k) {
       const u32 row = (k * WK + wk) * 16;
-      u32 fa[MT][4], fb[NT / 2][4];
+      u32 fa[MT][4];
 #pragma unroll
       for (i32 i = 0; i < MT; ++i) ldmatrix_x4_trans(fa[i], rows_x + row * X_PITCH + i * 32);
-#pragma unroll
-      for (i32 j = 0; j < NT / 2; ++j) ldmatrix_x4_trans(fb[j], rows_y + row * Y_PITCH + j * 32);
-      conv_mma<T, MT, NT>(acc, fa, fb);
+      conv_mma<T, MT, NT>(
+          acc, fa, [&](i32 j, u32(&fb)[4]) { ldmatrix_x4_trans(fb, rows_y + row * Y_PITCH + j * 32); });
     }
     slot = slot + 1 == STAGES ? 0 : slot + 1;
     next_slot = next_slot + 1 == STAGES ? 0 : next_slot + 1;

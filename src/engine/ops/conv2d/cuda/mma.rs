@@ -6,164 +6,17 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::mma_config::{
-    COUNTERS, GATHER_TILES, Method, MmaConfig, PATCH_COLUMNS, Pass, Product, WEIGHT_PATCH_TILES,
-    WEIGHT_TAP_TILES, WeightProduct,
+use super::mma_args::{
+    GatherArgs, OutputArgs, PatchArgs, ReduceArgs, WeightArgs, assert_layout, border_start, pitches,
 };
+use super::mma_config::{COUNTERS, GATHER_TILES, Method, MmaConfig, PATCH_COLUMNS, Pass, Product};
+use super::mma_config_weight::{WEIGHT_PATCH_TILES, WEIGHT_TAP_TILES, WeightProduct};
 use super::{Epilogue, Shape};
 use crate::engine::activation::Activation;
 use crate::engine::device::cuda::{
     Buffer, Device, DeviceError, FastDivisor, Kernel, Launch, Precision, Stream, Tensor,
 };
 use crate::engine::ops::conv2d::Conv2dParams;
-
-/// Twin of `struct ConvOutput`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct OutputArgs {
-    data: u64,
-    residual: u64,
-    first: u64,
-    second: u64,
-    partial_tiles: u64,
-    counters: u64,
-    image_pitch: u32,
-    row_pitch: u32,
-    pixel_pitch: u32,
-    residual_image_pitch: u32,
-    residual_row_pitch: u32,
-    residual_pixel_pitch: u32,
-    columns: u32,
-    kind: u32,
-    activation: u32,
-    accumulate: u32,
-    splits: u32,
-    reserved: u32,
-}
-
-/// Twin of `struct ConvGatherArgs`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct GatherArgs {
-    out: OutputArgs,
-    x: u64,
-    weight: u64,
-    map_h: FastDivisor,
-    map_w: FastDivisor,
-    column_tiles: FastDivisor,
-    image_pitch: u32,
-    row_pitch: u32,
-    pixel_pitch: u32,
-    border: u32,
-    rows: u32,
-    height: u32,
-    width: u32,
-    kernel: u32,
-    stride: u32,
-    pad: u32,
-    channel_groups: u32,
-    steps_per_split: u32,
-}
-
-/// Twin of `struct ConvPatchArgs`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct PatchArgs {
-    out: OutputArgs,
-    x: u64,
-    weight: u64,
-    map_h: FastDivisor,
-    map_w: FastDivisor,
-    tiles_y: FastDivisor,
-    tiles_x: FastDivisor,
-    tile_w: FastDivisor,
-    patch_w: FastDivisor,
-    column_tiles: FastDivisor,
-    row_pitch: u32,
-    pixel_pitch: u32,
-    padded_h: u32,
-    padded_w: u32,
-    images: u32,
-    first: u32,
-    rows: u32,
-    height: u32,
-    width: u32,
-    tile_h: u32,
-    stride: u32,
-    run: u32,
-    patch_pixels: u32,
-    channel_groups: u32,
-    chunks: u32,
-    chunks_per_split: u32,
-}
-
-/// Twin of `struct ConvWeightArgs`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct WeightArgs {
-    x: u64,
-    dy: u64,
-    out: u64,
-    map_h: FastDivisor,
-    map_w: FastDivisor,
-    tiles_y: FastDivisor,
-    tiles_x: FastDivisor,
-    tile_w: FastDivisor,
-    patch_w: FastDivisor,
-    co_tiles: FastDivisor,
-    ci_tiles: FastDivisor,
-    row_pitch: u32,
-    pixel_pitch: u32,
-    padded_h: u32,
-    padded_w: u32,
-    dy_image_pitch: u32,
-    dy_row_pitch: u32,
-    dy_pixel_pitch: u32,
-    first: u32,
-    height: u32,
-    width: u32,
-    tile_h: u32,
-    patch_pixels: u32,
-    kernel: u32,
-    stride: u32,
-    c_in: u32,
-    c_out: u32,
-    units: u32,
-    units_per_split: u32,
-    pixels: u32,
-    add: u32,
-}
-
-/// Twin of `struct ConvWeightReduceArgs`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct ReduceArgs {
-    partials: u64,
-    out: u64,
-    len: u32,
-    splits: u32,
-    lanes: u32,
-    reserved: u32,
-}
-
-/// Pitches (image, row, pixel) in groups of 8 numbers.
-fn pitches(t: &Tensor) -> [u32; 3] {
-    [(t.image_pitch / 8) as u32, t.row_pitch / 8, t.pixel_pitch / 8]
-}
-
-/// Address of the first pixel of the border.
-fn border_start(t: &Tensor, precision: Precision) -> u64 {
-    let back = u64::from(t.pad) * (u64::from(t.row_pitch) + u64::from(t.pixel_pitch));
-    t.data - back * precision.bytes() as u64
-}
-
-/// Whether rows of all images follow each other, and every offset in groups of 8 fits a `u32`.
-fn assert_layout(t: &Tensor) {
-    let rows = u64::from(t.h + 2 * t.pad);
-    assert!(t.image_pitch == rows * u64::from(t.row_pitch), "images of {t:?} do not follow each other");
-    assert!(u64::from(t.n) * t.image_pitch / 8 < 1 << 32, "{t:?} is larger than 64 GiB");
-    assert!(t.pixels() < 1 << 31, "{t:?} has more than 2^31 pixels");
-}
 
 type Tile = (&'static str, u32, u32);
 

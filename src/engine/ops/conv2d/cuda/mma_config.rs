@@ -6,13 +6,14 @@
 //!
 //! The model, in cycles of one multiprocessor: a tile takes as long as the slowest of its products (1024 a cycle),
 //! its reads through L2 (24 bytes a cycle) and its fragments from shared memory (128 bytes a cycle). As many blocks
-//! as fit share a multiprocessor, so a wave of them takes that many tiles' time and one latency; splitting a sum pays
-//! for writing and reading the parts.
+//! as fit share a multiprocessor, so a wave of them takes that many tiles' time and one latency, but no less than one
+//! block takes by itself, whose steps wait for memory; splitting a sum pays for writing and reading the parts.
 
 use crate::engine::device::cuda::Chip;
 use crate::engine::ops::conv2d::Conv2dParams;
 
 use super::Shape;
+use super::mma_config_weight::WeightProduct;
 
 /// Which sum a configuration is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,22 +60,18 @@ pub(super) const GATHER_TILES: [(u32, u32); 9] =
     [(128, 16), (128, 32), (128, 48), (128, 64), (128, 80), (128, 96), (128, 128), (64, 64), (256, 128)];
 /// Columns of the tiles of patches; each exists with 128 and 256 rows.
 pub(super) const PATCH_COLUMNS: [u32; 7] = [16, 32, 48, 64, 80, 96, 128];
-/// Channels (in, out) of the weight gradient's tiles with all taps.
-pub(super) const WEIGHT_PATCH_TILES: [(u32, u32); 6] =
-    [(16, 16), (16, 32), (16, 48), (16, 80), (32, 32), (32, 64)];
-/// The same with one tap.
-pub(super) const WEIGHT_TAP_TILES: [(u32, u32); 4] = [(32, 32), (64, 64), (96, 96), (128, 128)];
-/// Pixels of a tile of the weight gradient with all taps.
-pub(super) const WEIGHT_PATCH_ROWS: u32 = 128;
 /// Tiles whose sums may be split: counters that are kept.
 pub(super) const COUNTERS: u32 = 1 << 16;
 /// Most floats of partial sums of one pass.
-const WORKSPACE_MAX: u64 = 1 << 25;
+pub(super) const WORKSPACE_MAX: u64 = 1 << 25;
 
-const PRODUCTS_PER_CYCLE: f64 = 1024.0;
-const L2_BYTES_PER_CYCLE: f64 = 24.0;
-const SHARED_BYTES_PER_CYCLE: f64 = 128.0;
-const LATENCY_CYCLES: f64 = 1500.0;
+pub(super) const PRODUCTS_PER_CYCLE: f64 = 1024.0;
+pub(super) const L2_BYTES_PER_CYCLE: f64 = 24.0;
+pub(super) const SHARED_BYTES_PER_CYCLE: f64 = 128.0;
+/// Starting and ending a block.
+pub(super) const LATENCY_CYCLES: f64 = 1500.0;
+/// From asking for a step's numbers to having them; a ring keeps several steps under way.
+pub(super) const LOAD_CYCLES: f64 = 900.0;
 
 /// One matrix product of the forward pass or the data gradient: what both share.
 #[derive(Clone, Copy, Debug)]
@@ -210,17 +207,20 @@ impl Product {
         let warp = if config.rows == 64 { (32.0, 32.0) } else { warp };
         let fragments = (warp.0 + warp.1) * 2.0 * f64::from(Product::warps(config));
         let products = rows * columns * inner / PRODUCTS_PER_CYCLE;
-        let l2 = (input_bytes + inner * columns * 2.0 + rows * columns * 2.0 * splits) / L2_BYTES_PER_CYCLE;
+        let l2 = (input_bytes + inner * columns * 2.0 + rows * columns * 2.0) / L2_BYTES_PER_CYCLE;
         let shared = fragments * inner / SHARED_BYTES_PER_CYCLE;
-        let mut block =
-            products.max(l2 - rows * columns * 2.0 * (splits - 1.0) / L2_BYTES_PER_CYCLE).max(shared)
-                / splits;
+        let mut block = products.max(l2).max(shared) / splits;
+        let steps = if config.method == Method::Gather { inner / 32.0 / 3.0 } else { inner / 48.0 / 2.0 };
+        let alone = steps / splits * LOAD_CYCLES;
         if config.splits > 1 {
             // Writes its part; one block in `splits` reads them all.
             block += rows * columns * 4.0 * 2.0 / L2_BYTES_PER_CYCLE;
         }
         let blocks = tiles as f64 * splits * f64::from(self.classes());
-        Some(waves(blocks, block, resident, chip) + if config.splits > 1 { LATENCY_CYCLES } else { 0.0 })
+        Some(
+            waves(blocks, block, alone, resident, chip)
+                + if config.splits > 1 { LATENCY_CYCLES } else { 0.0 },
+        )
     }
 
     /// All configurations that make sense, cheapest first.
@@ -287,167 +287,6 @@ impl Product {
     }
 }
 
-/// The weight gradient.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct WeightProduct {
-    pub n: u32,
-    pub h: u32,
-    pub w: u32,
-    pub kernel: u32,
-    pub stride: u32,
-    pub c_in: u32,
-    pub c_out: u32,
-}
-
-impl WeightProduct {
-    pub fn new(p: &Conv2dParams, s: &Shape) -> WeightProduct {
-        WeightProduct {
-            n: s.n as u32,
-            h: s.h_out as u32,
-            w: s.w_out as u32,
-            kernel: p.kernel as u32,
-            stride: p.stride as u32,
-            c_in: p.c_in as u32,
-            c_out: p.c_out as u32,
-        }
-    }
-
-    pub fn len(&self) -> u64 {
-        u64::from(self.kernel * self.kernel) * u64::from(self.c_in) * u64::from(self.c_out)
-    }
-
-    /// Pieces that the pixels are cut into: tiles, or steps.
-    pub fn units(&self, config: &MmaConfig) -> u32 {
-        match config.method {
-            Method::Patch { tile_h, tile_w } => self.n * self.h.div_ceil(tile_h) * self.w.div_ceil(tile_w),
-            _ => (self.n * self.h * self.w).div_ceil(WeightProduct::step(config)),
-        }
-    }
-
-    /// Pixels of a step with one tap a block.
-    pub fn step(config: &MmaConfig) -> u32 {
-        if config.rows <= 64 { 64 } else { 32 }
-    }
-
-    /// Blocks that share no sum.
-    pub fn blocks(&self, config: &MmaConfig) -> u32 {
-        let taps = if config.method == Method::Gather { self.kernel * self.kernel } else { 1 };
-        self.c_in.div_ceil(config.rows) * self.c_out.div_ceil(config.columns) * taps
-    }
-
-    pub fn threads(config: &MmaConfig) -> u32 {
-        match (config.method, config.rows, config.columns) {
-            (Method::Gather, _, _) | (_, 16, 16 | 32) => 128,
-            _ => 192,
-        }
-    }
-
-    pub fn patch(&self, tile_h: u32, tile_w: u32) -> (u32, u32) {
-        ((tile_h - 1) * self.stride + 3, (tile_w - 1) * self.stride + 3)
-    }
-
-    pub fn shared_bytes(&self, config: &MmaConfig) -> u32 {
-        let (x, y) = (config.rows * 2 + 16, config.columns * 2 + 16);
-        if let Method::Patch { tile_h, tile_w } = config.method {
-            let (h, w) = self.patch(tile_h, tile_w);
-            let ring = 2 * ((h * w * x).next_multiple_of(128) + WEIGHT_PATCH_ROWS * y);
-            // The warps that share a piece of the result meet here.
-            return ring.max(9 * config.rows * config.columns * 4);
-        }
-        let step = WeightProduct::step(config);
-        ((if step == 64 { 3 } else { 4 }) * step * (x + y)).max(config.rows * config.columns * 4)
-    }
-
-    /// Cycles by the model.
-    fn cost(&self, config: &MmaConfig, chip: &Chip) -> Option<f64> {
-        let (rows, columns) = (f64::from(config.rows), f64::from(config.columns));
-        let registers = match config.method {
-            Method::Gather => [72, 96, 132, 224][(config.rows / 32 - 1) as usize],
-            _ => 152,
-        };
-        let resident =
-            resident(chip, WeightProduct::threads(config), registers, self.shared_bytes(config) + 2048)?;
-        let (pixels, taps, input_pixels) = match config.method {
-            Method::Patch { tile_h, tile_w } => {
-                let (h, w) = self.patch(tile_h, tile_w);
-                ((tile_h * tile_w).next_multiple_of(16), 9.0, h * w)
-            }
-            _ => (WeightProduct::step(config), 1.0, WeightProduct::step(config)),
-        };
-        let pixels = f64::from(pixels);
-        let products = pixels * rows * columns * taps / PRODUCTS_PER_CYCLE;
-        let l2 = (f64::from(input_pixels) * rows + pixels * columns) * 2.0 / L2_BYTES_PER_CYCLE;
-        // A warp reads its own fragments of both sides; those of x again for each tap.
-        let shared = match config.method {
-            Method::Gather => (rows + columns) * 2.0 * 2.0,
-            _ => {
-                (9.0 * rows
-                    * if config.columns == 64 || (config.rows, config.columns) == (16, 32) {
-                        2.0
-                    } else {
-                        1.0
-                    }
-                    + 3.0 * columns)
-                    * 2.0
-            }
-        } * pixels
-            / SHARED_BYTES_PER_CYCLE;
-        let units = f64::from(self.units(config).div_ceil(config.splits));
-        // Starting a step has a cost of its own: addresses, a barrier.
-        let block = units * (products.max(l2).max(shared) + 100.0);
-        let blocks = f64::from(self.blocks(config)) * f64::from(config.splits);
-        let reduce = if config.splits == 1 {
-            0.0
-        } else {
-            let bytes = self.len() as f64 * f64::from(config.splits) * 8.0;
-            2.0 * LATENCY_CYCLES + bytes / (L2_BYTES_PER_CYCLE * f64::from(chip.multiprocessors))
-        };
-        Some(waves(blocks, block, resident, chip) + reduce)
-    }
-
-    fn candidates(&self, chip: &Chip) -> Vec<MmaConfig> {
-        let mut found = Vec::new();
-        let mut add = |method: Method, (rows, columns): (u32, u32)| {
-            let one = MmaConfig { method, rows, columns, splits: 1 };
-            let (units, blocks) = (self.units(&one), self.blocks(&one));
-            // One block, or a whole number of blocks, on each multiprocessor.
-            for share in [0, 1, 2, 3, 4, 6, 8] {
-                let wanted = (chip.multiprocessors * share / blocks).clamp(1, units);
-                let splits = units.div_ceil(units.div_ceil(wanted)).min(65535);
-                let config = MmaConfig { splits, ..one };
-                let fits = splits == 1 || u64::from(splits) * self.len() <= WORKSPACE_MAX;
-                if let Some(cost) = self.cost(&config, chip)
-                    && fits
-                    && !found.iter().any(|(_, c)| *c == config)
-                {
-                    found.push((cost, config));
-                }
-            }
-        };
-        for tile in WEIGHT_TAP_TILES {
-            add(Method::Gather, tile);
-        }
-        if self.kernel == 3 {
-            let (tile_h, tile_w) = self.tile();
-            for tile in WEIGHT_PATCH_TILES {
-                add(Method::Patch { tile_h, tile_w }, tile);
-            }
-        }
-        sorted(found)
-    }
-
-    /// The tile of at most 128 pixels that covers the map with the fewest tiles, and then the smallest patches.
-    fn tile(&self) -> (u32, u32) {
-        let options = (1..=self.w.min(WEIGHT_PATCH_ROWS)).map(|tile_w| {
-            let tile_h = (WEIGHT_PATCH_ROWS / tile_w).min(self.h);
-            let tiles = self.h.div_ceil(tile_h) * self.w.div_ceil(tile_w);
-            let (h, w) = self.patch(tile_h, tile_w);
-            (tiles * (2 * WEIGHT_PATCH_ROWS + h * w), tile_h, tile_w)
-        });
-        options.min().map_or((1, 1), |(_, tile_h, tile_w)| (tile_h, tile_w))
-    }
-}
-
 /// Registers of a thread by its accumulators, as the compiler reports them, rounded up.
 fn registers(accumulators: u32) -> u32 {
     match accumulators {
@@ -460,7 +299,7 @@ fn registers(accumulators: u32) -> u32 {
 }
 
 /// Blocks that one multiprocessor holds at a time; `None` where not even one fits.
-fn resident(chip: &Chip, threads: u32, registers: u32, shared_bytes: u32) -> Option<u32> {
+pub(super) fn resident(chip: &Chip, threads: u32, registers: u32, shared_bytes: u32) -> Option<u32> {
     if shared_bytes > chip.shared_bytes_max {
         return None;
     }
@@ -469,17 +308,18 @@ fn resident(chip: &Chip, threads: u32, registers: u32, shared_bytes: u32) -> Opt
     Some(shared.min(65536 / (registers.next_multiple_of(8) * threads)).clamp(1, 1536 / threads))
 }
 
-fn waves(blocks: f64, block: f64, resident: u32, chip: &Chip) -> f64 {
+/// `block` is what a block costs a busy multiprocessor, `alone` what it takes at least.
+pub(super) fn waves(blocks: f64, block: f64, alone: f64, resident: u32, chip: &Chip) -> f64 {
     let places = f64::from(chip.multiprocessors);
     // Full waves of `resident` blocks, then the rest spread over the multiprocessors.
     let full = (blocks / (places * f64::from(resident))).floor();
     let rest = blocks - full * places * f64::from(resident);
     let last = (rest / places).ceil();
-    full * (block * f64::from(resident) + LATENCY_CYCLES)
-        + if last > 0.0 { block * last + LATENCY_CYCLES } else { 0.0 }
+    let wave = |count: f64| (block * count).max(alone) + LATENCY_CYCLES;
+    full * wave(f64::from(resident)) + if last > 0.0 { wave(last) } else { 0.0 }
 }
 
-fn sorted(mut found: Vec<(f64, MmaConfig)>) -> Vec<MmaConfig> {
+pub(super) fn sorted(mut found: Vec<(f64, MmaConfig)>) -> Vec<MmaConfig> {
     found.sort_by(|a, b| a.0.total_cmp(&b.0));
     found.into_iter().map(|(_, config)| config).collect()
 }

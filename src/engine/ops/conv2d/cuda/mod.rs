@@ -7,7 +7,9 @@
 
 mod image;
 mod mma;
+mod mma_args;
 mod mma_config;
+mod mma_config_weight;
 mod plain;
 #[cfg(test)]
 mod plain_tests;

@@ -293,12 +293,14 @@ const PRECISIONS: [Precision; 2] = [Precision::Bf16, Precision::F16];
 #[test]
 fn mma_every_tile_agrees_with_the_reference() {
     for device in testing::devices() {
-        for precision in PRECISIONS {
-            let mma = MmaKernels::load(&device, precision).expect("it loads");
-            Bench::new(&device, precision, case((24, 136), 3, 1, (2, 6, 9), 8)).all(&mma);
-            Bench::new(&device, precision, case((104, 40), 3, 1, (3, 5, 4), 0)).all(&mma);
-            Bench::new(&device, precision, case((40, 104), 3, 2, (2, 9, 7), 16)).all(&mma);
-            Bench::new(&device, precision, case((136, 48), 1, 1, (1, 11, 13), 8)).all(&mma);
+        let [bf16, f16] = PRECISIONS.map(|p| (p, MmaKernels::load(&device, p).expect("it loads")));
+        for ((precision, mma), case) in [
+            (&bf16, case((24, 136), 3, 1, (2, 6, 9), 8)),
+            (&f16, case((104, 40), 3, 1, (3, 5, 4), 0)),
+            (&bf16, case((40, 104), 3, 2, (2, 9, 7), 16)),
+            (&f16, case((136, 48), 1, 1, (1, 11, 13), 8)),
+        ] {
+            Bench::new(&device, *precision, case).all(mma);
         }
     }
 }
