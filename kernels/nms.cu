@@ -307,7 +307,7 @@ DEVI float overlap(const float4& kept, const float4& b) {
   return (intersection / (area_of(kept) + area_of(b) - intersection)).v;
 }
 
-KERNEL(nms_suppress, NmsArgs, 1024) {
+KERNEL_RESIDENT(nms_suppress, NmsArgs, 1024, 1) {
   __shared__ u64 shared[32];
   const u32 image = blockIdx.x;
   NmsState& state = state_of(args, image);

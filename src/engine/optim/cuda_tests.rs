@@ -96,7 +96,7 @@ fn schedule(optimizer: &mut Optimizer, t: u32) {
 
 /// Gradients that are small in some steps and clipped in others, zero in gaps and frozen tensors.
 fn gradients(optimizer: &Optimizer, len: usize, t: u32) -> Vec<f32> {
-    let drawn = noise(len, t, if t % 2 == 0 { 0.01 } else { 1.0 });
+    let drawn = noise(len, t, if t.is_multiple_of(2) { 0.01 } else { 1.0 });
     let mut grads = vec![0.0; len];
     for tensor in optimizer.tensors.iter().filter(|t| !t.frozen) {
         grads[tensor.range.clone()].copy_from_slice(&drawn[tensor.range.clone()]);
@@ -292,7 +292,7 @@ fn a_loss_scale_is_taken_out_and_grows() {
             assert_eq!(bits(&found), bits(&values), "step {t}");
             let copy: Vec<f16> = download(&stream, &network.copy, len);
             assert!(found.iter().zip(&copy).all(|(v, c)| f16::from_f32(*v) == *c));
-            expected_scale *= if t % 2 == 0 { 2.0 } else { 1.0 };
+            expected_scale *= if t.is_multiple_of(2) { 2.0 } else { 1.0 };
         }
         let scale: Vec<LossScale> = download(&stream, &network.scale, 1);
         assert_eq!(scale[0], LossScale { scale: 2048.0, good_steps: 1 });
