@@ -1,4 +1,4 @@
-// Zeros: the border around a padded map, and the inside of a view. Writes only, bound by memory; a view's own
+// Zeros: the border around a padded map, and the inside of a view. Writes each byte once, bound by memory; a view's own
 // channels only, since other channels of the buffer belong to others.
 //
 //  border_zero         one thread for each border pixel and group of channels: the rows above and below first, then

@@ -3,7 +3,7 @@
 // The same files are compiled three ways: by NVRTC for a chip (no NVIDIA header is used), by NVRTC for all chips
 // in the tests, and as C++ against the emulator (`tests/emulator/`), where one CUDA thread is one fiber. Rules that
 // keep this possible:
-//  * inline PTX stands in `ptx.cuh` only;
+//  * inline PTX stands in `ptx.cuh` and, for Hopper alone, `ptx_sm90.cuh`;
 //  * a kernel is written `KERNEL(name, Args, threads) { ... }` and takes one plain struct, `args`, whose Rust twin
 //    lies in the operation's `cuda.rs`; fields are 4 or 8 bytes wide and ordered so that nothing is padded;
 //  * dynamic shared memory only through `DYN_SMEM`, static shared memory as plain arrays without initialiser;

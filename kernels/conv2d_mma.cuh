@@ -31,6 +31,16 @@ struct ConvOutput {
   u32 reserved;
 };
 
+// Where the threads that finish a tile meet: all of the block, or (`PART`) its first THREADS.
+#define CONV_SYNC()                                    \
+  do {                                                 \
+    if (PART) {                                        \
+      BARRIER_PART(1, THREADS);                        \
+    } else {                                           \
+      __syncthreads();                                 \
+    }                                                  \
+  } while (0)
+
 // Marks a row of the tile that is no pixel of the output.
 #define CONV_NO_ROW 0xffffffffu
 
@@ -68,7 +78,7 @@ template <i32 MT, i32 NT> DEVI void conv_clear(float (&acc)[MT][NT][4]) {
 
 // Leaves this block's part in the workspace; the last block of the tile to arrive sums all parts in the order of
 // their index, whoever it is, resets the counter and returns true. The others return false.
-template <i32 MT, i32 NT, i32 THREADS>
+template <i32 MT, i32 NT, i32 THREADS, bool PART>
 DEVI bool conv_join_splits(const ConvOutput& o, float (&acc)[MT][NT][4], u32 tile, u32 split) {
   __shared__ u32 is_last;
   const u32 tid = threadIdx.x;
@@ -81,14 +91,14 @@ DEVI bool conv_join_splits(const ConvOutput& o, float (&acc)[MT][NT][4], u32 til
       mine[(i * NT + j) * THREADS] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
   }
   __threadfence();
-  __syncthreads();
+  CONV_SYNC();
   if (tid == 0) {
     u32* counter = reinterpret_cast<u32*>(o.counters) + tile;
     is_last = atomicAdd(counter, 1u) == o.splits - 1 ? 1u : 0u;
     if (is_last) *counter = 0;
     __threadfence();
   }
-  __syncthreads();
+  CONV_SYNC();
   if (!is_last) return false;
   conv_clear(acc);
   for (u32 s = 0; s < o.splits; ++s) {
@@ -147,7 +157,7 @@ DEVI void conv_finish8(const ConvOutput& o, float (&v)[8], u32 column, u32 at, u
 
 // The tile goes through shared memory in f32, one fragment of rows of each warp at a time: 16-byte accesses to the
 // output, to what is added to it and to the parameters of the columns.
-template <class T, i32 BN, i32 MT, i32 NT, i32 THREADS>
+template <class T, i32 BN, i32 MT, i32 NT, i32 THREADS, bool PART>
 DEVI void conv_store_finished(const ConvOutput& o, const float (&acc)[MT][NT][4], const ConvPlace& p, u32 column0,
                               const u32* row_out, const u32* row_residual, u8* smem) {
   constexpr u32 PITCH = BN + 8, GROUPS = BN / 8;
@@ -155,7 +165,7 @@ DEVI void conv_store_finished(const ConvOutput& o, const float (&acc)[MT][NT][4]
   const u32 lane_row = p.warp_row * 16 + p.row % 16;
 #pragma unroll
   for (i32 i = 0; i < MT; ++i) {
-    __syncthreads();
+    CONV_SYNC();
 #pragma unroll
     for (i32 h = 0; h < 2; ++h) {
       float* row = staged + (lane_row + h * 8) * PITCH + p.column;
@@ -163,7 +173,7 @@ DEVI void conv_store_finished(const ConvOutput& o, const float (&acc)[MT][NT][4]
       for (i32 j = 0; j < NT; ++j)
         *reinterpret_cast<float2*>(row + j * 8) = make_float2(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
     }
-    __syncthreads();
+    CONV_SYNC();
 #pragma unroll 1
     for (u32 index = threadIdx.x; index < p.warp_rows * 16 * GROUPS; index += THREADS) {
       const u32 r = index / GROUPS, column = index % GROUPS * 8;
@@ -178,7 +188,7 @@ DEVI void conv_store_finished(const ConvOutput& o, const float (&acc)[MT][NT][4]
 
 // Partial statistics of the tile: the sum of each column, and the sum of squared deviations from the tile's own mean.
 // Rows of a warp by shuffles, then the warps in order: the same order every time.
-template <i32 BN, i32 MT, i32 NT>
+template <i32 BN, i32 MT, i32 NT, i32 THREADS, bool PART>
 DEVI void conv_stats(const ConvOutput& o, const float (&acc)[MT][NT][4], const ConvPlace& p, u32 column0, u32 row_tile,
                      const u32* row_out, u32 valid_rows, u8* smem) {
   float* sums = reinterpret_cast<float*>(smem);
@@ -208,26 +218,27 @@ DEVI void conv_stats(const ConvOutput& o, const float (&acc)[MT][NT][4], const C
         if (lane < 4) sums[p.warp_row * BN + column] = sum;
       }
     }
-    __syncthreads();
+    CONV_SYNC();
     if (tid < BN) {
       float total = 0.0f;
       for (u32 w = 0; w < p.warp_rows; ++w) total += sums[w * BN + tid];
       if (column0 + tid < o.columns) partials[pass * o.columns + tid] = total;
       if (pass == 0) means[tid] = total / (float)valid_rows;
     }
-    __syncthreads();
+    CONV_SYNC();
   }
 }
 
-// Everything after the products. Shared memory is free when this is called; `row_out` and `row_residual` give the
+// Everything after the products, by the first THREADS threads of the block (all of them unless `PART`). Shared memory is
+// free when this is called; `row_out` and `row_residual` give the
 // offset of each row in groups of 8 numbers, or CONV_NO_ROW. `tile` numbers the tiles of the launch.
-template <class T, i32 BM, i32 BN, i32 MT, i32 NT, i32 THREADS>
+template <class T, i32 BM, i32 BN, i32 MT, i32 NT, i32 THREADS, bool PART = false>
 DEVI void conv_finish(const ConvOutput& o, float (&acc)[MT][NT][4], const ConvPlace& p, u32 tile, u32 split,
                       u32 row_tile, u32 column0, const u32* row_out, const u32* row_residual, u32 valid_rows,
                       u8* smem) {
-  if (o.splits > 1 && !conv_join_splits<MT, NT, THREADS>(o, acc, tile, split)) return;
+  if (o.splits > 1 && !conv_join_splits<MT, NT, THREADS, PART>(o, acc, tile, split)) return;
   if (o.kind >= ConvKind::bias || o.residual != 0 || o.accumulate != 0) {
-    conv_store_finished<T, BN, MT, NT, THREADS>(o, acc, p, column0, row_out, row_residual, smem);
+    conv_store_finished<T, BN, MT, NT, THREADS, PART>(o, acc, p, column0, row_out, row_residual, smem);
     return;
   }
 #pragma unroll
@@ -238,7 +249,7 @@ DEVI void conv_finish(const ConvOutput& o, float (&acc)[MT][NT][4], const ConvPl
       for (i32 q = 0; q < 4; ++q) acc[i][j][q] = rounded<T>(acc[i][j][q]);
     }
   }
-  if (o.kind == ConvKind::stats) conv_stats<BN>(o, acc, p, column0, row_tile, row_out, valid_rows, smem);
+  if (o.kind == ConvKind::stats) conv_stats<BN, MT, NT, THREADS, PART>(o, acc, p, column0, row_tile, row_out, valid_rows, smem);
   // A pitch of an odd number of 16-byte units: neither side of the exchange has bank conflicts.
   constexpr u32 PITCH = BN + 8;
   T* staged = reinterpret_cast<T*>(smem);
@@ -252,7 +263,7 @@ DEVI void conv_finish(const ConvOutput& o, float (&acc)[MT][NT][4], const ConvPl
         *reinterpret_cast<u32*>(row + j * 8) = Pair<T>::pack(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
     }
   }
-  __syncthreads();
+  CONV_SYNC();
   constexpr u32 GROUPS = BN / 8;
   for (u32 i = threadIdx.x; i < BM * GROUPS; i += THREADS) {
     const u32 row = i / GROUPS, group = i % GROUPS;

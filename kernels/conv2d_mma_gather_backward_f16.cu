@@ -1,4 +1,4 @@
-// Gathered convolution on the tensor cores, data gradient, f16: one kernel for each tile. What it computes, what it must
+// Gathered convolution on the tensor cores, data gradient, f16: one kernel for each tile. What it computes, the bytes it must
 // move, how it is tiled and why: `conv2d_mma_gather.cuh`. conv2d_gather_backward_<rows>x<columns>_f16.
 #include "conv2d_mma_gather.cuh"
 

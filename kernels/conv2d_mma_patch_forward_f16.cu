@@ -1,4 +1,4 @@
-// 3x3 convolution over patches on the tensor cores, forward, f16: one kernel for each tile. What it computes, what it
+// 3x3 convolution over patches on the tensor cores, forward, f16: one kernel for each tile. What it computes, the bytes it
 // must move, how it is tiled and why: `conv2d_mma_patch.cuh`. conv2d_patch_forward_<rows>x<columns>_f16.
 #include "conv2d_mma_patch.cuh"
 

@@ -1,4 +1,4 @@
-// Weight gradient on the tensor cores, f16: one kernel for each tile. What they compute, what they must move, how they
+// Weight gradient on the tensor cores, f16: one kernel for each tile. What they compute, the bytes they move, how they
 // are tiled and why: `conv2d_mma_weight.cuh`. conv2d_weight_patch_<c_in>x<c_out>_f16: 3x3, all taps;
 // conv2d_weight_tap_<c_in>x<c_out>_f16: one tap; conv2d_weight_reduce_f16: adds the splits.
 #include "conv2d_mma_weight.cuh"

@@ -1,4 +1,5 @@
-// The only file with inline PTX: thin wrappers, one instruction each. `tests/emulator/ptx.h` holds their twins.
+// Inline PTX stands here and in `ptx_sm90.cuh` only: thin wrappers, one instruction each.
+// `tests/emulator/emulated_ptx.h` holds their twins.
 #pragma once
 
 #if defined(BOXWRIGHT_EMULATOR)
@@ -6,6 +7,9 @@
 #else
 
 DEVI u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// The first `threads` threads of a block, whole warps, meet; `id` from 1 to 15 tells such meetings apart.
+#define BARRIER_PART(id, threads) asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory")
 
 // ---- conversions ------------------------------------------------------------------------------------------------
 

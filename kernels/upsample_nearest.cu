@@ -4,7 +4,8 @@
 //                             from the cache after the first), writes z.
 //  upsample_nearest_backward  dx (+)= sum of dz over the f * f copies, row by row: reads dz, writes dx.
 //
-// A thread takes eight channels of a pixel (one where views are not aligned); bound by memory.
+// A thread takes eight channels of a pixel (one where views are not aligned); bound by memory: every byte of x and z
+// once.
 #include "lanes.cuh"
 
 struct UpsampleArgs {

@@ -5,12 +5,16 @@
 # `-sanitize` behind it.
 #   scripts/emulator.sh                the kernels of the program
 #   scripts/emulator.sh --faults       the small kernels of the emulator's own tests
-#   scripts/emulator.sh --sanitize     either with AddressSanitizer and UndefinedBehaviorSanitizer
+#   scripts/emulator.sh --sanitize     either with AddressSanitizer and UndefinedBehaviorSanitizer;
+#                                      so does BOXWRIGHT_EMULATOR_SANITIZE=1
 # What has not changed is not compiled again. Several calls at once build one after another.
 set -euo pipefail
 
+# A test program that runs under a sanitizer calls this script too.
+unset LD_PRELOAD
+
 sources=kernels
-sanitize=
+sanitize=${BOXWRIGHT_EMULATOR_SANITIZE:-}
 for option in "$@"; do
     case $option in
         --faults) sources=tests/emulator/faults ;;
@@ -54,18 +58,26 @@ common() {
 kernel_common=$(common tests/emulator/emula*.h kernels/*.cuh)
 own_common=$(common tests/emulator/*.h)
 
-# compile COMMON SOURCE OBJECT FLAG...: unless the object was made from the same text.
+# compile COMMON SOURCE OBJECT FLAG...: unless the object was made from the same text. Where some header has changed, the
+# text with its headers decides (with line numbers, which the object holds).
 compile() {
-    local common=$1 source=$2 object=$3 stamp
+    local common=$1 source=$2 object=$3 stamp text
     shift 3
     stamp=$({ echo "$common $source $*"; cat "$source"; } | sha256sum | cut -c 1-64)
     if [ -f "$object" ] && [ "$(cat "$object.stamp" 2>/dev/null)" = "$stamp" ]; then return 0; fi
+    text=$({ "$compiler" --version; echo "${flags[@]} $*"; "$compiler" "${flags[@]}" "$@" -E "$source" 2>&1; } 9>&- |
+        sha256sum | cut -c 1-64)
+    if [ -f "$object" ] && [ -f "$object.stamp" ] && [ "$(cat "$object.text" 2>/dev/null)" = "$text" ]; then
+        echo "$stamp" >"$object.stamp"
+        return 0
+    fi
     rm -f "$object.stamp"
     if ! "$compiler" "${flags[@]}" "$@" -c "$source" -o "$object" 2>"$object.log" 9>&-; then
         cat "$object.log" >&2
         return 1
     fi
     rm -f "$object.log"
+    echo "$text" >"$object.text"
     echo "$stamp" >"$object.stamp"
 }
 
@@ -87,8 +99,8 @@ for source in "$sources"/*.cu; do
     objects+=("$folder/kernel_$stem.o")
     start "$kernel_common" "$source" "$folder/kernel_$stem.o" "${kernel_flags[@]}" "-DBOXWRIGHT_STEM=\"$stem\""
 done
-for source in tests/emulator/{emulator,launches,emulated_ptx,driver,driver_memory,driver_streams,driver_graphs}.cpp; do
-    stem=$(basename "$source" .cpp)
+for stem in emulator launches emulated_ptx emulated_ptx_sm90 driver driver_{memory,streams,graphs,tensor_maps}; do
+    source=tests/emulator/$stem.cpp
     objects+=("$folder/$stem.o")
     start "$own_common" "$source" "$folder/$stem.o" "${own_flags[@]}"
 done

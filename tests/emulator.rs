@@ -7,12 +7,15 @@ mod driver_calls;
 mod kernels;
 #[path = "emulator/library.rs"]
 mod library;
+#[path = "emulator/warpgroup.rs"]
+mod warpgroup;
 
 use std::process::Command;
 
 use half::{bf16, f16};
 use kernels::{MapArgs, Outcome, gemm, reduce, tiled, twice};
 use library::{Device, MODES, SANITIZED};
+use warpgroup::multiply;
 
 #[test]
 fn right_kernels_are_right_in_every_mode() {
@@ -120,6 +123,40 @@ fn what_must_not_be_is_named() {
     fails_with(&device, "gemm_misaligned", &["cp_async16", "not aligned"], || {
         gemm(&device, "gemm_misaligned", (64, 64, 72))
     });
+}
+
+#[test]
+fn warpgroups_are_right_in_every_mode() {
+    let device = Device::next();
+    for mode in MODES {
+        device.set(mode);
+        for shape in [(64, 128, 64), (1, 8, 8), (70, 136, 200), (33, 64, 328), (130, 8, 72)] {
+            for name in ["warpgroup_bf16", "warpgroup_f16", "warpgroup_rows_bf16", "warpgroup_rows_f16"] {
+                assert_eq!(multiply(&device, name, shape), Outcome::Right, "{name} {shape:?} {mode}");
+            }
+        }
+    }
+}
+
+#[test]
+fn faults_of_warpgroups_are_noticed() {
+    let device = Device::next();
+    let shape = (70, 136, 328);
+    for name in ["warpgroup_no_empty_wait", "warpgroup_early_release", "warpgroup_no_last_wait"] {
+        assert!(!caught(&device, || multiply(&device, name, shape)).is_empty(), "{name} was not caught");
+    }
+    let named = |name: &'static str, words: &[&str]| {
+        fails_with(&device, name, words, || multiply(&device, name, shape));
+    };
+    named("warpgroup_no_fence", &["no wgmma_fence before it"]);
+    named("warpgroup_no_swizzle", &["without 128-byte swizzle"]);
+    named("warpgroup_many_bytes", &["deadlock", "waits at warpgroup.cu:"]);
+    for mode in MODES {
+        device.set(mode);
+        // Where the copies come first, the barrier misses nothing any more when the last one arrives.
+        assert_ne!(multiply(&device, "warpgroup_few_bytes", shape), Outcome::Right, "{mode}");
+        assert_ne!(multiply(&device, "warpgroup_no_full_wait", shape), Outcome::Right, "{mode}");
+    }
 }
 
 #[test]

@@ -45,6 +45,7 @@ impl Trainer {
         let result = run_dir.join("result.json");
         let spec = ChildSpec {
             gpu_share_max: 1.0,
+            gpu_uuid: None,
             task_id: "t1".into(),
             attempt: 1,
             run_dir: run_dir.to_owned(),

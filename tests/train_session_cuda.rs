@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use boxwright::data::synth::{SynthArgs, write_dataset};
-use boxwright::train::args::{Amp, Batch, Device, TrainArgs};
+use boxwright::train::args::{Amp, Batch, Device, OptimizerChoice, TrainArgs};
 use boxwright::train::checkpoint::{Checkpoint, Store};
+use boxwright::train::error::FailureClass;
 use boxwright::train::event::{Command, Observer, OutcomeKind, SessionEvent};
 use boxwright::train::session::{Outcome, Session, SessionSpec};
 use common::emulator::device;
@@ -49,6 +50,7 @@ fn args(device: Device, amp: Amp) -> TrainArgs {
 struct Watch {
     /// Mean losses after each batch.
     losses: Vec<[f64; 3]>,
+    warnings: Vec<String>,
     stop_after: Option<usize>,
 }
 
@@ -56,6 +58,9 @@ impl Observer for Watch {
     fn event(&mut self, event: &SessionEvent) {
         if let SessionEvent::Step { box_loss, cls_loss, dfl_loss, .. } = event {
             self.losses.push([*box_loss, *cls_loss, *dfl_loss]);
+        }
+        if let SessionEvent::Warning { message } = event {
+            self.warnings.push(message.clone());
         }
     }
 
@@ -134,4 +139,29 @@ fn single_precision_follows_the_cpu() {
             );
         }
     }
+}
+
+#[test]
+fn a_loss_that_explodes_goes_back_once_and_then_fails_as_diverged() {
+    device();
+    let folder = tempfile::tempdir().expect("a folder");
+    let args = TrainArgs {
+        epochs: 40,
+        optimizer: OptimizerChoice::Sgd,
+        lr0: 1e20,
+        warmup_epochs: 0.0,
+        nbs: 2,
+        val: false,
+        ..args(Device::Cuda(0), Amp::On)
+    };
+    let mut watch = Watch::default();
+    let spec = SessionSpec { threads: 2, ..SessionSpec::new(args, folder.path(), "test") };
+    let error = Session::new(spec, &mut watch).run().expect_err("it diverges");
+    assert_eq!(error.class(), FailureClass::Diverged, "{}", error.chain());
+    let text = error.to_string();
+    assert!(
+        text.contains("learning rate") && text.contains("going back") || text.contains("went back"),
+        "{text}"
+    );
+    assert!(watch.warnings.iter().any(|w| w.contains("going back to")), "{:?}", watch.warnings);
 }

@@ -49,6 +49,8 @@ pub struct Witness {
     pub failed: Option<String>,
     /// The last lines of its standard error.
     pub stderr_tail: String,
+    /// The GPU it trained on.
+    pub gpu: Option<usize>,
 }
 
 /// Reads the end of a process. `result` is its result file, when it is of this very attempt.
@@ -88,11 +90,18 @@ pub fn read_exit(status: ExitStatus, result: Option<&ChildResult>, witness: &Wit
     }
 }
 
+/// A crash or a standstill on a GPU counts as a fault of the device: a driver that fails takes its process with it, and
+/// another GPU may do. A signal that came from outside says nothing of the device.
 fn killed(signal: i32, witness: &Witness, reason: impl Fn(String) -> String) -> Ending {
     let name = signal_name(signal);
+    let (on_gpu, place) = match witness.gpu {
+        Some(number) => (true, format!(" on GPU {number}")),
+        None => (false, String::new()),
+    };
     if let Some(ms) = witness.stalled_ms {
-        let reason = format!("the trainer said nothing for {}; it was killed", human_ms(ms as i64));
-        return Ending::Failed { class: FailureClass::Killed, reason };
+        let reason = format!("the trainer said nothing for {}{place}; it was killed", human_ms(ms as i64));
+        let class = if on_gpu { FailureClass::Device } else { FailureClass::Killed };
+        return Ending::Failed { class, reason };
     }
     match signal {
         libc::SIGKILL => Ending::Failed {
@@ -104,8 +113,8 @@ fn killed(signal: i32, witness: &Witness, reason: impl Fn(String) -> String) -> 
             reason: format!("the trainer was ended from outside ({name})"),
         },
         _ => Ending::Failed {
-            class: FailureClass::Internal,
-            reason: reason(format!("the trainer crashed ({name})")),
+            class: if on_gpu { FailureClass::Device } else { FailureClass::Internal },
+            reason: reason(format!("the trainer crashed ({name}){place}")),
         },
     }
 }
@@ -299,6 +308,22 @@ mod tests {
             (libc::SIGABRT, FailureClass::Internal),
         ] {
             assert_eq!(class_of(read_exit(signalled(signal), None, &nothing)), Some(class), "{signal}");
+        }
+        let on_gpu = Witness { gpu: Some(1), ..Witness::default() };
+        for (signal, class) in [(libc::SIGSEGV, FailureClass::Device), (libc::SIGKILL, FailureClass::Killed)]
+        {
+            assert_eq!(
+                class_of(read_exit(signalled(signal), None, &on_gpu)),
+                Some(class),
+                "{signal} on a GPU"
+            );
+        }
+        let stuck = Witness { stalled_ms: Some(1000), ..on_gpu };
+        match read_exit(signalled(libc::SIGKILL), None, &stuck) {
+            Ending::Failed { class: FailureClass::Device, reason } => {
+                assert_eq!(reason, "the trainer said nothing for 1.0 s on GPU 1; it was killed");
+            }
+            other => panic!("{other:?}"),
         }
         let stop = Witness { stop_requested: true, ..Witness::default() };
         for status in [exit(130), exit(131), signalled(libc::SIGKILL)] {

@@ -7,7 +7,8 @@
 //! * [`service`] starts them all, rebuilds them from the journal when one panics, and ends them.
 //!
 //! Decisions are plain functions over the journal, tested without actors: [`intake`] (what becomes of a file),
-//! [`scheduling`] (who runs next), [`endings`] (what an exit means), [`recovery`] (what a dead service left).
+//! [`scheduling`] (who runs next and where), [`slots`] (what a slot is and when its GPU is put aside), [`endings`] (what
+//! an exit means), [`recovery`] (what a dead service left).
 
 pub mod endings;
 pub mod folder_watcher;
@@ -16,6 +17,7 @@ pub mod keeper;
 pub mod recovery;
 pub mod scheduling;
 pub mod service;
+pub mod slots;
 mod stop_files;
 pub mod supervisor;
 pub mod trainer;

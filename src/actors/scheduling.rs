@@ -1,26 +1,40 @@
-//! Who runs next: by priority, then by order, with ageing so that nobody waits for ever.
+//! Who runs next and where: by priority, then by order, with ageing so that nobody waits for ever; on the device that
+//! the job names, else on a GPU, else on the CPU.
 
 use std::cmp::Reverse;
 
 use super::recovery::result_path;
+use super::slots::{Looked, Seat};
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::{JobStore, QueueError};
-use crate::job::record::JobRecord;
+use crate::job::record::{Change, JobRecord};
 use crate::job::service::ServiceConfig;
-use crate::job::state::JobState;
+use crate::job::state::{FailureClass, JobState};
+use crate::train::args::Device;
+
+/// A job and the slot that it gets.
+#[derive(Debug, PartialEq)]
+pub struct Placement {
+    /// Index of the seat.
+    pub seat: usize,
+    /// The job, moved to `preparing`.
+    pub record: JobRecord,
+}
 
 /// What one round of scheduling decided.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// Jobs moved to `preparing`; the supervisor starts their trainers.
-    pub starts: Vec<JobRecord>,
+    /// Jobs whose trainers the supervisor starts.
+    pub starts: Vec<Placement>,
+    /// Jobs that can never run here, failed as `config`.
+    pub refused: Vec<JobRecord>,
     /// When the next waiting job becomes due, if one is held back.
     pub next_due_unix_ms: Option<i64>,
     /// Jobs that wait.
     pub waiting: usize,
 }
 
-/// Begins attempts for up to `free_slots` waiting jobs and gives the others the sentence that says why they wait.
+/// Begins attempts of waiting jobs on free seats and gives the others the sentence that says why they wait.
 ///
 /// # Errors
 /// Those of the journal; attempts begun before the fault stay begun and are in no [`Round`], so the caller must treat
@@ -28,54 +42,179 @@ pub struct Round {
 pub fn schedule(
     journal: &mut Journal,
     config: &ServiceConfig,
-    free_slots: usize,
+    seats: Vec<Seat>,
+    looked: &Looked,
     now_unix_ms: i64,
 ) -> Result<Round, QueueError> {
     let active = journal.active()?;
-    let running: Vec<&JobRecord> = active.iter().filter(|record| record.state.has_process()).collect();
     let mut waiting: Vec<&JobRecord> = active
         .iter()
         .filter(|record| matches!(record.state, JobState::Queued | JobState::Interrupted))
         .collect();
     waiting.sort_by_key(|record| (Reverse(class(record, config, now_unix_ms)), record.seq));
     let mut round = Round { waiting: waiting.len(), ..Round::default() };
+    let mut seats = seats;
     let mut held_back = Vec::new();
     for record in waiting {
         if record.not_before_unix_ms > now_unix_ms {
             let due = round.next_due_unix_ms.unwrap_or(i64::MAX).min(record.not_before_unix_ms);
             round.next_due_unix_ms = Some(due);
-        } else if round.starts.len() < free_slots {
-            // A result of an earlier attempt must be gone before this one counts, or recovery could take it for ours.
-            remove_old_result(record);
-            let resumed = if record.attempts > 0 { "continues from its last checkpoint" } else { "starts" };
-            round.starts.push(journal.begin_attempt(record.seq, resumed)?);
-            round.waiting -= 1;
-        } else {
-            held_back.push(record);
+            continue;
+        }
+        match places(record.spec.args.device, &seats, looked) {
+            Places::Never(reason) => {
+                let change = Change::to(JobState::Failed, reason).with_class(FailureClass::Config);
+                round.refused.push(journal.change(record.seq, change)?);
+                round.waiting -= 1;
+            }
+            Places::Later(reason) => held_back.push((record, Held::Said(reason))),
+            Places::These(candidates) => match best(&candidates, &seats, record.seq) {
+                Some(seat) => {
+                    // A result of an earlier attempt must be gone before this one counts, or recovery could take it
+                    // for ours.
+                    remove_old_result(record);
+                    let resumed =
+                        if record.attempts > 0 { "continues from its last checkpoint" } else { "starts" };
+                    let place =
+                        seats[seat].gpu.map_or(String::new(), |_| format!(" on {}", seats[seat].name));
+                    let record = journal.begin_attempt(record.seq, &format!("{resumed}{place}"))?;
+                    seats[seat].job = Some(record.task_id.clone());
+                    round.starts.push(Placement { seat, record });
+                    round.waiting -= 1;
+                }
+                None => held_back.push((record, Held::For(candidates))),
+            },
         }
     }
-    let names: Vec<&str> = running
-        .iter()
-        .map(|record| &record.task_id)
-        .chain(round.starts.iter().map(|record| &record.task_id))
-        .map(|id| id.as_str())
-        .take(4)
-        .collect();
-    let reason = format!(
-        "waits for a free CPU slot ({} of {} busy: {})",
-        names.len(),
-        config.cpu_slots,
-        names.join(", ")
-    );
+    // Only now are all starts known that the sentences name.
     let reasons: Vec<(i64, String)> = held_back
         .into_iter()
-        .filter(|record| record.reason != reason)
-        .map(|record| (record.seq, reason.clone()))
+        .map(|(record, held)| match held {
+            Held::Said(reason) => (record, reason),
+            Held::For(candidates) => (record, waits_for(&candidates, &seats)),
+        })
+        .filter(|(record, reason)| record.reason != *reason)
+        .map(|(record, reason)| (record.seq, reason))
         .collect();
     if !reasons.is_empty() {
         journal.set_reasons(&reasons)?;
     }
     Ok(round)
+}
+
+/// Why a job is held back.
+enum Held {
+    /// A sentence.
+    Said(String),
+    /// None of these seats is free.
+    For(Vec<usize>),
+}
+
+/// Where a job may go.
+enum Places {
+    /// To one of these seats, of which there is at least one.
+    These(Vec<usize>),
+    /// Not yet to any, for this reason.
+    Later(String),
+    /// Nowhere, for this reason.
+    Never(String),
+}
+
+/// Where a job may go that asks for this device. A job that asks for none takes a GPU; the CPU only where no GPU has a
+/// slot.
+fn places(device: Device, seats: &[Seat], looked: &Looked) -> Places {
+    let with = |wanted: &dyn Fn(&Seat) -> bool| -> Vec<usize> {
+        seats.iter().enumerate().filter(|(_, seat)| wanted(seat)).map(|(index, _)| index).collect()
+    };
+    let cpu = with(&|seat| seat.gpu.is_none());
+    match device {
+        Device::Cpu if cpu.is_empty() => Places::Never(
+            "the CPU was asked for: this service has no CPU slots (`slots.cpu` is 0)".to_owned(),
+        ),
+        Device::Cpu => Places::These(cpu),
+        Device::Cuda(number) => {
+            let named = with(&|seat| seat.gpu == Some(number));
+            let present: Vec<usize> =
+                named.iter().copied().filter(|&index| !seats[index].is_missing).collect();
+            match (present.is_empty(), named.is_empty()) {
+                (false, _) => Places::These(present),
+                (true, false) => Places::These(named),
+                (true, true) => absent(number, seats, looked),
+            }
+        }
+        Device::Default => {
+            let gpus = with(&|seat| seat.gpu.is_some());
+            match looked {
+                _ if !gpus.is_empty() => Places::These(gpus),
+                Looked::NotYet => Places::Later("waits for the first look for GPUs".to_owned()),
+                _ if !cpu.is_empty() => Places::These(cpu),
+                Looked::Failed(why) => Places::Later(format!("waits for a GPU: {why}")),
+                Looked::Found { obstacle, .. } => {
+                    let why = obstacle.as_deref().unwrap_or("this service uses none of those that are here");
+                    Places::Later(format!("waits for a GPU: {why}"))
+                }
+            }
+        }
+    }
+}
+
+/// What becomes of a job that names a GPU without a slot.
+fn absent(number: usize, seats: &[Seat], looked: &Looked) -> Places {
+    let asked = format!("cuda:{number} was asked for");
+    match looked {
+        Looked::NotYet => Places::Later("waits for the first look for GPUs".to_owned()),
+        Looked::Failed(why) => Places::Later(format!("waits for GPU {number}: {why}")),
+        Looked::Found { left_out, obstacle } => {
+            let own = left_out.iter().find(|(found, _)| *found == number).map(|(_, why)| why.clone());
+            Places::Never(match own.or_else(|| obstacle.clone()) {
+                Some(why) => format!("{asked}: {why}"),
+                None => {
+                    let names: Vec<&str> = seats
+                        .iter()
+                        .filter(|seat| seat.gpu.is_some())
+                        .map(|seat| seat.name.as_str())
+                        .collect();
+                    let names = if names.is_empty() { "no GPU".to_owned() } else { names.join(", ") };
+                    format!("{asked}: this service has {names}")
+                }
+            })
+        }
+    }
+}
+
+/// The free seat for a job: rather not the one on which it met a fault, then the one with the fewest faults, then the
+/// first.
+fn best(candidates: &[usize], seats: &[Seat], seq: i64) -> Option<usize> {
+    let free =
+        candidates.iter().filter(|&&index| seats[index].job.is_none() && seats[index].obstacle.is_none());
+    free.min_by_key(|&&index| (seats[index].failed_seq == Some(seq), seats[index].faults, index)).copied()
+}
+
+/// Names of jobs that a sentence holds.
+const NAMES_MAX: usize = 4;
+
+/// The sentence of a job that none of these seats has room for.
+fn waits_for(candidates: &[usize], seats: &[Seat]) -> String {
+    let seats: Vec<&Seat> = candidates.iter().map(|&index| &seats[index]).collect();
+    let is_gpu = seats.first().is_some_and(|seat| seat.gpu.is_some());
+    if let ([seat], true) = (seats.as_slice(), is_gpu) {
+        let does = match (&seat.job, &seat.obstacle) {
+            (Some(job), _) => format!("trains {job}"),
+            (None, Some(obstacle)) => obstacle.clone(),
+            (None, None) => "becomes free".to_owned(),
+        };
+        return format!("waits for {}, which {does}", seat.name);
+    }
+    let busy: Vec<&str> = seats.iter().filter_map(|seat| seat.job.as_ref()).map(|job| job.as_str()).collect();
+    let names = busy.iter().take(NAMES_MAX).copied().collect::<Vec<_>>().join(", ");
+    let what = if is_gpu { "GPU" } else { "CPU slot" };
+    let mut parts = Vec::new();
+    if !busy.is_empty() {
+        parts.push(format!("{} of {} busy: {names}", busy.len(), seats.len()));
+    }
+    let out = seats.iter().filter(|seat| seat.job.is_none());
+    parts.extend(out.filter_map(|seat| Some(format!("{} {}", seat.name, seat.obstacle.as_ref()?))));
+    format!("waits for a free {what} ({})", parts.join("; "))
 }
 
 /// Priority class of a waiting job: its own, plus one for every ageing time it has waited.
@@ -96,90 +235,4 @@ fn remove_old_result(record: &JobRecord) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::job::record::{Change, NewJob};
-    use crate::job::spec::JobSpec;
-
-    fn add(journal: &mut Journal, config: &ServiceConfig, id: &str, priority: &str) -> JobRecord {
-        let text = format!(
-            "model: yolov8n\ntype: yolo\ntask_id: {id}\npriority: {priority}\ntempfile: /nowhere\ntrain: {{data: d}}\n"
-        );
-        let spec =
-            JobSpec::load(text.as_bytes(), "t", &config.spec_context("/w".into())).expect("valid").spec;
-        let run_dir = spec.run_dir();
-        let new = NewJob {
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            run_dir,
-            reason: "just came".into(),
-        };
-        journal.accept(new, None).expect("accepted")
-    }
-
-    fn ids(round: &Round) -> Vec<&str> {
-        round.starts.iter().map(|record| record.task_id.as_str()).collect()
-    }
-
-    #[test]
-    fn priority_then_order_and_a_reason_for_everyone() {
-        let config = ServiceConfig::default();
-        let mut journal = Journal::in_memory().expect("opens");
-        for (id, priority) in [("low", "low"), ("m1", "medium"), ("m2", "medium"), ("high", "high")] {
-            add(&mut journal, &config, id, priority);
-        }
-        let now = crate::job::clock::now_unix_ms();
-        let mut order = Vec::new();
-        for left in (0..4).rev() {
-            let round = schedule(&mut journal, &config, 1, now).expect("schedules");
-            assert_eq!((round.starts.len(), round.waiting), (1, left));
-            let id = ids(&round)[0].to_owned();
-            for record in
-                journal.active().expect("reads").iter().filter(|record| record.state == JobState::Queued)
-            {
-                assert_eq!(record.reason, format!("waits for a free CPU slot (1 of 1 busy: {id})"));
-            }
-            let again = schedule(&mut journal, &config, 0, now).expect("schedules");
-            assert!(again.starts.is_empty());
-            journal.change(round.starts[0].seq, Change::to(JobState::Completed, "done")).expect("legal");
-            order.push(id);
-        }
-        assert_eq!(order, ["high", "m1", "m2", "low"]);
-    }
-
-    #[test]
-    fn waiting_makes_important_and_back_off_holds() {
-        let config = ServiceConfig { ageing_ms: 1000, ..ServiceConfig::default() };
-        let mut journal = Journal::in_memory().expect("opens");
-        let low = add(&mut journal, &config, "low", "low");
-        // The others come later, as far as ageing counts.
-        let now = low.accepted_unix_ms + 2500;
-        let config_now = ServiceConfig { ageing_ms: 2000, ..config };
-        let high = add(&mut journal, &config_now, "high", "high");
-        let round = schedule(&mut journal, &config_now, 1, high.accepted_unix_ms).expect("schedules");
-        assert_eq!(ids(&round), ["high"]);
-        journal.retry(high.seq, crate::job::state::FailureClass::Killed, "later", now + 500).expect("legal");
-        let round = schedule(&mut journal, &config_now, 2, now).expect("schedules");
-        assert_eq!(ids(&round), ["low"]);
-        assert_eq!(round.next_due_unix_ms, Some(now + 500));
-        let round = schedule(&mut journal, &config_now, 1, now + 500).expect("schedules");
-        assert_eq!(ids(&round), ["high"]);
-        assert_eq!(round.starts[0].attempts, 2);
-    }
-
-    #[test]
-    fn ten_jobs_on_one_slot_run_in_the_order_they_came() {
-        let config = ServiceConfig::default();
-        let mut journal = Journal::in_memory().expect("opens");
-        for index in 0..10 {
-            add(&mut journal, &config, &format!("j{index}"), "medium");
-        }
-        for index in 0..10 {
-            let round =
-                schedule(&mut journal, &config, 1, crate::job::clock::now_unix_ms()).expect("schedules");
-            assert_eq!(ids(&round), [format!("j{index}")]);
-            journal.change(round.starts[0].seq, Change::to(JobState::Completed, "done")).expect("legal");
-        }
-    }
-}
+mod tests;

@@ -11,12 +11,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::folder_watcher::{FolderWatcher, IsQuiet};
 use super::keeper::Keeper;
 use super::recovery;
-use super::supervisor::{Introduce, KillAll, Notice, Observer, Shutdown, Supervisor};
+use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor};
 use super::trainer::TrainerConfig;
+use crate::adapters::gpu::{GpuPort, NoGpus, ProbeProgram};
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::lock::{LockError, ProcessLock};
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::service::ServiceConfig;
+use crate::job::slot::GpuChoice;
 use crate::job::state::JobState;
 
 /// Rebuilds within [`REBUILD_WINDOW`] before the service gives up.
@@ -122,6 +124,7 @@ struct Actors {
 pub struct Service {
     config: Arc<ServiceConfig>,
     trainer_config: Arc<TrainerConfig>,
+    gpus: Arc<dyn GpuPort>,
     working_dir: PathBuf,
     state_dir: PathBuf,
     tally: Arc<Tally>,
@@ -148,6 +151,11 @@ impl Service {
             None => std::env::current_exe()
                 .map_err(|source| ServiceError::System { what: "find this program's file", source })?,
         };
+        // The program that trains is the one to say where it can.
+        let gpus: Arc<dyn GpuPort> = match config.gpus {
+            GpuChoice::None => Arc::new(NoGpus),
+            GpuChoice::All | GpuChoice::Only(_) => Arc::new(ProbeProgram::new(program.clone())),
+        };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (config.cpu_slots > 1).then(|| (cores / config.cpu_slots).max(1));
         let trainer_config = TrainerConfig {
@@ -160,6 +168,7 @@ impl Service {
         Ok(Self {
             config: Arc::new(config),
             trainer_config: Arc::new(trainer_config),
+            gpus,
             working_dir,
             state_dir,
             tally: Arc::new(Tally { inner: observer, counts: Mutex::default() }),
@@ -221,6 +230,7 @@ impl Service {
             self.config.clone(),
             self.trainer_config.clone(),
             keeper.clone(),
+            self.gpus.clone(),
             observer.clone(),
         )
         .start();
@@ -265,5 +275,7 @@ impl Service {
 /// True when every dropped file has its verdict and no job is left to do.
 async fn is_empty(actors: &Actors, keeper: &Keeper) -> bool {
     let quiet = actors.watcher.send(IsQuiet).await.unwrap_or(false);
-    quiet && keeper.with(|journal| Ok(journal.active()?.is_empty())).await.unwrap_or(false)
+    let is_done = keeper.with(|journal| Ok(journal.active()?.is_empty())).await.unwrap_or(false);
+    // The journal knows of an end before the supervisor has told anybody.
+    quiet && is_done && actors.supervisor.send(IsIdle).await.unwrap_or(false)
 }

@@ -1,5 +1,6 @@
-//! Ports to the outside and their implementations: the journal, the process table, the logs.
+//! Ports to the outside and their implementations: the journal, the process table, the GPUs, the logs.
 
+pub mod gpu;
 pub mod logs;
 pub mod process;
 pub mod queue;

@@ -10,6 +10,7 @@ mod doctor;
 mod logs;
 mod plan;
 mod predict;
+mod probe;
 mod profile;
 mod resume;
 mod run;
@@ -126,6 +127,9 @@ enum Command {
     /// Train one job for the service, speaking its protocol on standard input and output
     #[command(hide = true)]
     TrainChild(train_child::Args),
+    /// Say which GPUs there are, or test one, for the service
+    #[command(hide = true)]
+    Probe(probe::Args),
     /// Measure a trained model on a dataset
     Val(val::Args),
     /// Find objects in images with a trained model
@@ -150,6 +154,7 @@ fn dispatch(command: Command) -> Result<ExitCode, CliError> {
         Command::Run(args) => run::run(args),
         Command::Train(args) => train::run(args),
         Command::TrainChild(args) => train_child::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Val(args) => val::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Submit(args) => submit::run(args),

@@ -1,6 +1,7 @@
 //! `boxwright plan`: what a model is and what training it will need, before anything is allocated.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use super::CliError;
 use crate::detect::losses::detection::LossConfig;
@@ -94,7 +95,7 @@ fn target(args: &Args) -> Target {
         l2_bytes: 50 << 20,
         memory_bytes: 0,
     };
-    Target::Cuda { precision, chip }
+    Target::Cuda { precision, chip, tuning: Arc::default() }
 }
 
 /// Bytes of a run, and what one training step must move and compute.

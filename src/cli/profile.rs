@@ -1,13 +1,15 @@
 //! `boxwright profile`: where the time of a training step goes on a GPU.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use super::CliError;
 use super::bench::parse_amp;
+use crate::engine::device::cuda::cache;
 use crate::train::args::{Amp, Device};
 use crate::train::bench::StepBench;
 use crate::train::device;
-use crate::train::profile::{StepProfile, profile};
+use crate::train::profile::{StepProfile, profile, tune};
 use crate::train::session::Compute;
 
 /// Times every kernel and layer of a training step on a GPU, and holds them against what the chip can give.
@@ -40,6 +42,9 @@ pub struct Args {
     /// Timed steps.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub steps: u32,
+    /// First time the best few cuts of every convolution, and keep the fastest for new runs of this shape.
+    #[arg(long)]
+    pub tune: bool,
     /// Rows of each table.
     #[arg(long, default_value_t = 25)]
     pub rows: usize,
@@ -67,6 +72,13 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         warmup: args.warmup as usize,
         steps: args.steps as usize,
     };
+    if args.tune {
+        let compute = Compute::Cuda { device: Arc::clone(&device), precision };
+        let tuned = tune(&bench, &compute).map_err(failed)?;
+        if !args.json {
+            println!("{} convolutions measured, kept below {}", tuned, cache::folder().display());
+        }
+    }
     let profile = profile(&bench, &device, precision).map_err(failed)?;
     if args.json {
         println!("{}", serde_json::to_string(&profile).map_err(|e| CliError::usage(e.to_string()))?);

@@ -51,7 +51,6 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         config.machine_id
     );
     // This process never talks to a GPU: a driver that fails takes a trainer with it, not the service.
-    tracing::info!("trains {} jobs at a time; `boxwright doctor` says on what", config.cpu_slots);
     let service = Service::new(config, console)
         .map_err(|error| CliError::failed_from("the service cannot start", error))?;
     match service.run(args.once).map_err(|error| CliError::failed_from("the service ended", error))? {

@@ -7,15 +7,17 @@ use serde_json::{Value as Json, json};
 use super::CliError;
 use super::common::{ServiceArgs, find, open_journal};
 use super::console::shorten;
+use crate::adapters::process;
 use crate::adapters::queue::JobStore;
 use crate::adapters::queue::journal::Journal;
 use crate::job::clock::{human_ms, now_unix_ms, rfc3339};
 use crate::job::record::JobRecord;
+use crate::job::slot::SlotRecord;
 
 /// Events shown for one job.
 const EVENTS_MAX: u32 = 5_000;
 
-/// Show jobs
+/// Show jobs and slots
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// One job in detail; without it, all that are active and the last that ended
@@ -26,11 +28,14 @@ pub struct Args {
     /// JSON: an object for one job, a list otherwise
     #[arg(long)]
     pub json: bool,
+    /// The slots of the running service alone: device, state, job, reason
+    #[arg(long, conflicts_with = "task_id")]
+    pub slots: bool,
     #[command(flatten)]
     pub service: ServiceArgs,
 }
 
-/// Shows jobs.
+/// Shows jobs and slots.
 ///
 /// # Errors
 /// When the journal cannot be read or the job is not known.
@@ -47,7 +52,13 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let records = match Journal::open_existing(&config.state_dir).map_err(failed)? {
+    let journal = Journal::open_existing(&config.state_dir).map_err(failed)?;
+    let slots = journal.as_ref().map(running_slots).transpose()?.flatten();
+    if args.slots {
+        show_slots(slots.as_deref(), args.json);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let records = match journal {
         Some(journal) => {
             let mut records = journal.active().map_err(failed)?;
             let recent = journal.recent(args.limit).map_err(failed)?;
@@ -58,12 +69,73 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     };
     if args.json {
         println!("{}", records.iter().map(brief).collect::<Json>());
-    } else if records.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(slots) = slots.filter(|slots| !slots.is_empty()) {
+        show_slots(Some(&slots), false);
+        println!();
+    }
+    if records.is_empty() {
         println!("no jobs");
     } else {
         table(&records);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The slots of the service that runs on this journal; `None` when none does.
+fn running_slots(journal: &Journal) -> Result<Option<Vec<SlotRecord>>, CliError> {
+    let board =
+        journal.board().map_err(|error| CliError::failed_from("the journal cannot be read", error))?;
+    Ok(board.filter(|board| process::is_alive(board.service)).map(|board| board.slots))
+}
+
+fn show_slots(slots: Option<&[SlotRecord]>, as_json: bool) {
+    match slots {
+        _ if as_json => println!("{}", slots.unwrap_or_default().iter().map(slot_json).collect::<Json>()),
+        None => println!("no service runs here"),
+        Some(slots) => {
+            println!("{:<8}  {:<8}  {:<11}  {:<36}  why", "slot", "device", "state", "task id");
+            for slot in slots {
+                let task_id = slot.task_id.as_ref().map_or("", |id| id.as_str());
+                println!(
+                    "{:<8}  {:<8}  {:<11}  {:<36}  {}",
+                    slot.name,
+                    slot.device,
+                    slot.state,
+                    shorten(task_id, 36),
+                    slot_why(slot)
+                );
+            }
+        }
+    }
+}
+
+/// The reason, the end of a quarantine, and what the GPU is.
+fn slot_why(slot: &SlotRecord) -> String {
+    let until = slot.until_unix_ms.map(|until| format!("until {}", rfc3339(until)));
+    let reason = Some(slot.reason.clone()).filter(|reason| !reason.is_empty());
+    let said: Vec<String> = until.into_iter().chain(reason).collect();
+    let said = shorten(&said.join(": "), 100);
+    match (&slot.model, &slot.uuid) {
+        (Some(model), Some(uuid)) if said.is_empty() => format!("{model}, {uuid}"),
+        (Some(model), Some(uuid)) => format!("{said} ({model}, {uuid})"),
+        _ => said,
+    }
+}
+
+fn slot_json(slot: &SlotRecord) -> Json {
+    json!({
+        "name": slot.name,
+        "device": slot.device,
+        "uuid": slot.uuid,
+        "model": slot.model,
+        "state": slot.state,
+        "task_id": slot.task_id,
+        "reason": slot.reason,
+        "faults": slot.faults,
+        "quarantined_until": slot.until_unix_ms.map(rfc3339),
+    })
 }
 
 fn brief(record: &JobRecord) -> Json {

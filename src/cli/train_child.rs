@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{CliError, signals};
 use crate::train::child::{ChildResult, ChildSpec, ExitCode};
+use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::{Command, Observer, OutcomeKind, SessionEvent, Stamped};
 use crate::train::session::{Outcome, Session, SessionSpec};
@@ -99,13 +100,8 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
     let orders = Arc::new(Orders::default());
     listen(Arc::clone(&orders)).map_err(|e| CliError::failed_from("cannot start a thread", e))?;
     let mut pipe = Pipe { orders: Arc::clone(&orders) };
-    let session = SessionSpec {
-        resume: spec.resume,
-        gpu_share_max: spec.gpu_share_max,
-        ..SessionSpec::new(spec.args.clone(), &spec.run_dir, &spec.task_id)
-    };
     // A fault of the program ends this job with a result that says so.
-    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| Session::new(session, &mut pipe).run()));
+    let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| train(&spec, &mut pipe)));
     let outcome = outcome.unwrap_or_else(|panic| {
         let message = panic_text(panic.as_ref());
         let error = TrainError::Internal { message };
@@ -121,6 +117,22 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
         return Ok(ExitCode::Storage.into());
     }
     Ok(code.into())
+}
+
+/// Trains on the device that the supervisor gave.
+fn train(spec: &ChildSpec, pipe: &mut Pipe) -> Result<Outcome, TrainError> {
+    let mut args = spec.args.clone();
+    if let Some(uuid) = &spec.gpu_uuid {
+        args.device = device::by_identity(uuid).inspect_err(|error| {
+            pipe.event(&SessionEvent::Failed { class: error.class(), message: error.chain() });
+        })?;
+    }
+    let session = SessionSpec {
+        resume: spec.resume,
+        gpu_share_max: spec.gpu_share_max,
+        ..SessionSpec::new(args, &spec.run_dir, &spec.task_id)
+    };
+    Session::new(session, pipe).run()
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -8,7 +8,7 @@ use super::boxes::cxcywh_to_xyxy;
 const CLASS_OFFSET_PX: f32 = 7680.0;
 
 /// Parameters.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct NmsArgs {
     /// A candidate's probability must lie above this.
     pub conf: f32,

@@ -1,4 +1,4 @@
-//! What a job is: its specification, the service it runs in, its states, its events, its record in the journal.
+//! What a job is: its specification, the service it runs in, its slots, its states, its events, its record in the journal.
 //!
 //! Nothing here touches a database, a process or an actor. Start reading at [`spec::JobSpec`] and [`state::JobState`].
 
@@ -7,5 +7,6 @@ pub mod event;
 pub mod ids;
 pub mod record;
 pub mod service;
+pub mod slot;
 pub mod spec;
 pub mod state;

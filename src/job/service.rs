@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::slot::{GPU_NUMBER_MAX, GpuChoice};
 use super::spec::SpecContext;
 use super::state::{FailureClass, RetryPolicy};
 use crate::yaml::{self, Faults, MapReader, Node, YamlError};
@@ -39,6 +40,8 @@ pub struct ServiceConfig {
     pub stop_grace_ms: u64,
     /// Jobs at the same time on the CPU.
     pub cpu_slots: usize,
+    /// GPUs that train, one job each.
+    pub gpus: GpuChoice,
     /// A waiting job rises one class after this time.
     pub ageing_ms: i64,
     /// The trainer's program; `None` is this program.
@@ -127,6 +130,7 @@ impl Default for ServiceConfig {
             stop_honour_stale: false,
             stop_grace_ms: 120_000,
             cpu_slots: 1,
+            gpus: GpuChoice::All,
             ageing_ms: 60 * 60_000,
             trainer_program: None,
             stall_timeout_ms: 3_600_000,
@@ -279,8 +283,11 @@ impl ServiceConfig {
         }
         if let Some(mut block) = block(reader, "slots", faults) {
             let mut slots = self.cpu_slots as u64;
-            whole(&mut block, "cpu", &mut slots, 1, 64, faults);
+            whole(&mut block, "cpu", &mut slots, 0, 64, faults);
             self.cpu_slots = slots as usize;
+            if let Some(node) = block.set("gpus") {
+                self.gpus = read_gpus(node, faults).unwrap_or_default();
+            }
             block.finish(faults);
         }
         if let Some(mut block) = block(reader, "scheduling", faults) {
@@ -377,6 +384,24 @@ fn seconds(reader: &mut MapReader<'_>, key: &str, target_ms: &mut u64, faults: &
     }
 }
 
+/// `all`, `none`, or a list of numbers.
+fn read_gpus(node: &Node, faults: &mut Faults) -> Option<GpuChoice> {
+    let key = "slots.gpus";
+    if let Some(items) = node.as_sequence() {
+        let numbers = items.iter().map(|item| faults.int(item, key, 0, GPU_NUMBER_MAX));
+        let numbers: Option<Vec<usize>> = numbers.map(|number| number.map(|n| n as usize)).collect();
+        return numbers.map(|n| if n.is_empty() { GpuChoice::None } else { GpuChoice::Only(n) });
+    }
+    match node.as_text().as_deref() {
+        Some("all") => Some(GpuChoice::All),
+        Some("none") => Some(GpuChoice::None),
+        _ => {
+            faults.refuse(node, key, "all, none, or a list of numbers such as [0, 2]");
+            None
+        }
+    }
+}
+
 fn read_policy(reader: &mut MapReader<'_>, class: &str, policy: &mut RetryPolicy, faults: &mut Faults) {
     let Some(mut block) = block(reader, class, faults) else { return };
     let mut budget = u64::from(policy.budget);
@@ -432,13 +457,24 @@ mod tests {
         assert_eq!(config.stop_dir(), Path::new("c/stop"));
         assert_eq!(config.data_path_map, [("/d/".to_owned(), "/e/".to_owned())]);
         assert!(config.base.is_some() && config.trainer_program == Some("/bin/x".into()));
+        assert_eq!(config.gpus, GpuChoice::All);
+        for (text, gpus) in [
+            ("all", GpuChoice::All),
+            ("none", GpuChoice::None),
+            ("[]", GpuChoice::None),
+            ("[0, 2]", GpuChoice::Only(vec![0, 2])),
+        ] {
+            std::fs::write(&path, format!("slots: {{cpu: 0, gpus: {text}}}\n")).expect("writable");
+            let config = ServiceConfig::load(Some(&path), |_| None).expect("valid");
+            assert_eq!((config.cpu_slots, config.gpus), (0, gpus), "{text}");
+        }
         std::fs::write(
             &path,
-            "slots: {cpu: 0}\nwatch: 3\nretry: {config: {budget: 1}}\nlogging: {level: LOUD}\n",
+            "slots: {cpu: -1, gpus: some}\nwatch: 3\nretry: {config: {budget: 1}}\nlogging: {level: LOUD}\n",
         )
         .expect("writable");
-        let error = ServiceConfig::load(Some(&path), |_| None).expect_err("four faults").to_string();
-        assert_eq!(error.lines().count(), 4, "{error}");
+        let error = ServiceConfig::load(Some(&path), |_| None).expect_err("five faults").to_string();
+        assert_eq!(error.lines().count(), 5, "{error}");
     }
 
     #[test]

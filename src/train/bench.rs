@@ -82,6 +82,7 @@ impl StepBench {
         let detector = Detector::build(&self.model, self.nc, self.imgsz, self.imgsz)
             .map_err(|e| TrainError::Config { key: "imgsz".into(), message: e.to_string() })?;
         initialise(&mut network.params, &detector, 0);
+        network.use_stored_tuning(); // as a new run does
         let tensors = network.params.tensors();
         let groups = groups::build(Algorithm::Sgd, &tensors, 0.01, 0.937, 5e-4, |_| false);
         let len = network.params.values.len();

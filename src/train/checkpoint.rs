@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use super::early_stop::EarlyStop;
 use super::error::TrainError;
 use super::files;
+use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{OptimizerState, OptimizerStateRef};
 
 /// Magic of the trailer; the digit is the version of the format.
@@ -67,6 +68,9 @@ pub struct Progress {
     /// Factor of the loss and steps since it changed, where activations are kept in half precision.
     #[serde(default)]
     pub loss_scale: Option<(f32, u32)>,
+    /// Measured cuts of convolutions that the run began with: they fix the order of sums. Without, the model's.
+    #[serde(default)]
+    pub tuning: Tuning,
 }
 
 /// What the session chose at its first start and keeps on resume.

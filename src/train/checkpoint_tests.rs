@@ -1,6 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::device::cuda::{Chip, Precision};
+use crate::engine::ops::conv2d::Conv2dParams;
+use crate::engine::ops::conv2d::cuda::{Case, Method, MmaConfig, Pass, Shape};
+use crate::engine::tensor::View;
 
 fn sample(iteration: u64) -> Checkpoint {
     let numbers = |n: usize, k: f32| (0..n).map(|i| (i as f32 * k).sin()).collect::<Vec<_>>();
@@ -33,6 +37,7 @@ fn sample(iteration: u64) -> Checkpoint {
             elapsed_s: 12.75,
             rollbacks: 0,
             loss_scale: None,
+            tuning: tuning(),
         },
         values: numbers(40, 0.3),
         buffers: numbers(9, 0.7),
@@ -45,6 +50,38 @@ fn sample(iteration: u64) -> Checkpoint {
             vectors: vec![("exp_avg".into(), numbers(40, 2.0)), ("exp_avg_sq".into(), numbers(40, 3.0))],
         },
     }
+}
+
+/// One measured cut.
+fn tuning() -> Tuning {
+    let chip = Chip {
+        name: "Test".into(),
+        uuid: String::new(),
+        major: 9,
+        minor: 0,
+        multiprocessors: 132,
+        shared_bytes_max: 232_448,
+        l2_bytes: 50 << 20,
+        memory_bytes: 80 << 30,
+    };
+    let params = Conv2dParams { c_in: 16, c_out: 32, kernel: 3, stride: 2, pad: 1 };
+    let map = View::new(0, 2, 8, 8, 16, 1);
+    let shape = Shape::of_views(&map, &View::new(0, 2, 4, 4, 32, 1), Precision::Bf16);
+    let case = Case { pass: Pass::BackwardData, params, shape };
+    let mut tuning = Tuning::new(&chip, Precision::Bf16);
+    tuning.insert(case, MmaConfig { method: Method::Run, rows: 128, columns: 16, splits: 3 });
+    tuning
+}
+
+#[test]
+fn a_checkpoint_from_before_measured_cuts_means_the_model() {
+    let progress = sample(1).progress;
+    let mut json = serde_json::to_value(&progress).expect("plain data");
+    let back: Progress = serde_json::from_value(json.clone()).expect("the same");
+    assert_eq!((&back.tuning, back.tuning.identity()), (&tuning(), tuning().identity()));
+    json.as_object_mut().expect("an object").remove("tuning");
+    let old: Progress = serde_json::from_value(json).expect("an older one");
+    assert_eq!(old, Progress { tuning: Tuning::default(), ..progress });
 }
 
 fn borrow(c: &Checkpoint) -> CheckpointRef<'_> {

@@ -30,6 +30,9 @@ pub struct ChildSpec {
     /// Share of a GPU's memory that the job may take, above 0 up to 1.
     #[serde(default = "whole")]
     pub gpu_share_max: f64,
+    /// Identity of the GPU that the job was given. It counts over `args.device`, whose number may have shifted.
+    #[serde(default)]
+    pub gpu_uuid: Option<String>,
 }
 
 fn whole() -> f64 {

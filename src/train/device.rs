@@ -3,7 +3,7 @@
 use super::args::{Amp, Device, ResolvedDevice};
 use super::error::TrainError;
 use super::session::Compute;
-use crate::engine::device::cuda::{Device as CudaDevice, probe};
+use crate::engine::device::cuda::{Device as CudaDevice, DeviceError, probe};
 
 /// The device of this machine that `wanted` means.
 ///
@@ -15,6 +15,28 @@ pub fn resolve(wanted: Device) -> Result<ResolvedDevice, TrainError> {
         return Ok(ResolvedDevice::Cpu);
     }
     wanted.resolve(&probe()).map_err(|message| TrainError::Config { key: "device".into(), message })
+}
+
+/// The GPU of this identity ([`Chip::identity`](crate::engine::device::cuda::Chip::identity)), whatever its number now.
+///
+/// # Errors
+/// [`TrainError::Device`] when it is not there any more: another GPU may take the job.
+pub fn by_identity(uuid: &str) -> Result<Device, TrainError> {
+    let found = probe();
+    let usable = found.devices.iter().filter(|device| device.refused.is_none() && found.obstacle.is_none());
+    let number =
+        usable.into_iter().find(|device| device.chip.identity() == uuid).map(|device| device.ordinal);
+    number.map(Device::Cuda).ok_or_else(|| {
+        let shown: Vec<String> = found.devices.iter().map(|device| device.chip.identity()).collect();
+        let meaning = found.obstacle.unwrap_or_else(|| format!("the driver shows {}", shown.join(", ")));
+        let source = DeviceError::Driver {
+            operation: format!("finding the GPU {uuid}"),
+            code: "no such GPU".into(),
+            meaning,
+            queued: Vec::new(),
+        };
+        TrainError::Device { action: "start", source }
+    })
 }
 
 /// Opens the device of this machine that `wanted` means and settles the precision that `amp` means there. The CPU

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use super::error::TrainError;
-use super::session::{Compute, Network, Spare, load_model};
+use super::session::{Compute, Network, load_model};
 use crate::data::Image;
 use crate::data::augment::letterbox::{Fit, Letterbox, unletterbox};
-use crate::detect::decode::detect;
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::nms::{Detection, NmsArgs};
 
@@ -24,7 +23,6 @@ pub struct Predictor {
     imgsz: usize,
     nms: NmsArgs,
     network: Network,
-    spare: Spare,
     input: Vec<u8>,
 }
 
@@ -61,7 +59,7 @@ impl Predictor {
         model.load_into(weights, &mut network.params)?;
         network.push_params()?;
         let imgsz = imgsz.next_multiple_of(STRIDE_MAX);
-        Ok(Predictor { names, imgsz, nms, network, spare: Spare::default(), input: Vec::new() })
+        Ok(Predictor { names, imgsz, nms, network, input: Vec::new() })
     }
 
     /// Class names.
@@ -83,10 +81,8 @@ impl Predictor {
         self.input.resize(input_hw.0 * input_hw.1 * 3, 0);
         letterbox.draw(image, &mut self.input);
         let (h, w) = input_hw;
-        let (nc, reg_max) = (self.names.len(), self.network.reg_max());
-        let output = self.network.infer(&self.input, (1, h, w), None, &mut self.spare)?;
-        let found = detect(&output.levels, nc, reg_max, 1, &self.nms);
-        let found = found.into_iter().flatten();
+        let found = self.network.detect(&self.input, (1, h, w), None, &self.nms)?;
+        let found = found.detections.into_iter().flatten();
         Ok(found.map(|d| Detection { xyxy: unletterbox(d.xyxy, input_hw, original_hw), ..d }).collect())
     }
 }

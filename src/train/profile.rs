@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use super::bench::StepBench;
 use super::error::TrainError;
-use super::session::{Compute, TimedLaunch};
+use super::session::{Compute, Network, TimedLaunch};
+use crate::detect::losses::detection::LossConfig;
 use crate::engine::device::cuda::ceiling::{self, Ceilings};
 use crate::engine::device::cuda::{Device, Precision};
 use crate::engine::plan::{Cost, StepCost};
@@ -109,6 +110,15 @@ pub fn profile(
         kernels: kernel_rows(&launches),
         layers,
     })
+}
+
+/// Measures the cuts of the convolutions of `bench` anew and keeps them for new runs; how many.
+///
+/// # Errors
+/// As [`StepBench::run`]; a fault of the device.
+pub fn tune(bench: &StepBench, compute: &Compute) -> Result<usize, TrainError> {
+    let mut network = Network::new(&bench.model, bench.nc, LossConfig::new(bench.nc), compute)?;
+    network.tune((bench.batch, bench.imgsz, bench.imgsz), true)
 }
 
 fn kernel_rows(launches: &[TimedLaunch]) -> Vec<KernelRow> {

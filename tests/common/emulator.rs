@@ -19,7 +19,9 @@ pub fn folder() -> PathBuf {
 pub fn device() -> Arc<Device> {
     static OPENED: OnceLock<Arc<Device>> = OnceLock::new();
     let device = OPENED.get_or_init(|| {
-        if std::env::var_os("BOXWRIGHT_TEST_GPU").is_none_or(|v| v != "1") {
+        // A driver that is named by the environment is meant, for example the emulator under the sanitizers.
+        let is_given = std::env::var_os("BOXWRIGHT_CUDA_DRIVER").is_some();
+        if !is_given && std::env::var_os("BOXWRIGHT_TEST_GPU").is_none_or(|v| v != "1") {
             let folder = folder();
             use_libraries(Some(&folder), Some(&folder));
         }

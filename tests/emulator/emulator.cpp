@@ -59,6 +59,8 @@ constexpr size_t STACK_MARGIN = 2048;
 constexpr size_t SHARED_BYTES_MAX = 256 << 10;
 constexpr size_t PAGE = 4096;
 
+}  // namespace
+
 // ---- fibers ----------------------------------------------------------------------------------------------------
 
 u64 next_random(Machine& m) {
@@ -73,6 +75,9 @@ void make_ready(Machine& m, u32 index) {
   m.ready[(m.ready_first + m.ready_count) % THREADS_MAX] = (u16)index;
   ++m.ready_count;
 }
+
+namespace {
+
 Fiber* take_ready(Machine& m) {
   u32 index;
   if (m.settings.order == Order::last_in) {
@@ -107,6 +112,8 @@ void fiber_main() {
     m.kernel->body(m.arguments);
     fiber->ended = true;
     --m.live;
+    while (m.ready_count == 0 && m.live > 0 && deliver_transfer(m)) {
+    }
     if (m.ready_count == 0) go_home(fiber);  // all have ended, or the others wait for what cannot come
     Fiber* next = take_ready(m);
     if (!next->started) {
@@ -138,7 +145,8 @@ void enter(Fiber* next, void** save) {
   boxwright_switch_fiber(save, next->stack_pointer);
 }
 
-// Runs others until somebody makes this fiber ready.
+}  // namespace
+
 void wait(const char* where) {
   Fiber* me = current;
   Machine& m = *me->machine;
@@ -147,6 +155,9 @@ void wait(const char* where) {
     fail("%s: the stack of an emulated thread, %zu bytes, is full", where, STACK_BYTES);
   }
   me->where = where;
+  // Everybody waits: what the copy engine has to do happens now, as late as it may.
+  while (m.ready_count == 0 && deliver_transfer(m)) {
+  }
   if (m.ready_count == 0) {
     go_home(me);
     return;
@@ -155,6 +166,8 @@ void wait(const char* where) {
   if (next == me) return;
   enter(next, &me->stack_pointer);
 }
+
+namespace {
 
 std::string deadlock(const Machine& m) {
   std::string text = "deadlock:";
@@ -265,6 +278,8 @@ void run_block(Machine& m, u64 number) {
   m.random = m.settings.seed * 0x2545f4914f6cdd1dull + number;
   m.live = m.threads;
   m.waiting_count = 0;
+  for (Barrier& barrier : m.barriers) barrier.count = 0;
+  reset_groups(m);
   reset_stacks(m);
   for (u32 i = 0; i < m.threads; ++i) {
     Fiber& f = m.fibers[i];
@@ -285,6 +300,9 @@ void run_block(Machine& m, u64 number) {
     char place[64];
     snprintf(place, sizeof place, "block (%u, %u, %u): ", b.index.x, b.index.y, b.index.z);
     m.outcome.failure = place + deadlock(m);
+  }
+  if (m.outcome.failure.empty() && !m.transfers.empty()) {
+    m.outcome.failure = "a block has ended while copies to its shared memory were under way";
   }
   current = nullptr;
   if (!m.outcome.failure.empty()) {
@@ -337,6 +355,32 @@ u32 barrier(Vote vote, bool predicate, const char* where) {
   wait(where);
   me->where = nullptr;
   return m.vote_result;
+}
+
+void barrier_part(u32 id, u32 threads, const char* where) {
+  Fiber* me = current;
+  Machine& m = *me->machine;
+  if (id < 1 || id >= BARRIERS || threads % 32 || me->index >= threads) {
+    fail("%s: barrier %u for the first %u threads", short_place(where), id, threads);
+  }
+  Barrier& b = m.barriers[id];
+  if (b.count == 0) {
+    b.threads = threads, b.where = where;
+  } else if (b.threads != threads || strcmp(b.where, where) != 0) {
+    fail("threads of one block meet at different barriers, %s and %s", short_place(b.where), short_place(where));
+  }
+  b.waiting[b.count++] = (u16)me->index;
+  if (b.count < threads) {
+    wait(where);
+    return;
+  }
+  b.count = 0;
+  for (u32 i = 0; i < threads; ++i) {
+    m.fibers[b.waiting[i]].where = nullptr;
+    make_ready(m, b.waiting[i]);
+  }
+  wait(where);
+  me->where = nullptr;
 }
 
 void meet(u32 mask, Meet kind, void* argument, const char* where) {

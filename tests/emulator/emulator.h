@@ -132,6 +132,8 @@ void meet(u32 mask, Meet kind, void* argument, const char* where);
 enum class Vote : u32 { none, any, all, count };
 // All threads of the block meet.
 u32 barrier(Vote vote, bool predicate, const char* where);
+// The first `threads` threads of the block meet at barrier `id`.
+void barrier_part(u32 id, u32 threads, const char* where);
 
 struct Shuffle {
   u64 value;
@@ -228,6 +230,7 @@ struct Registration {
 #define EMULATOR_TEXT(x) EMULATOR_TEXT_OF(x)
 #define EMULATOR_HERE __FILE__ ":" EMULATOR_TEXT(__LINE__)
 #define __syncthreads() ((void)::emulator::barrier(::emulator::Vote::none, false, EMULATOR_HERE))
+#define BARRIER_PART(id, threads) ::emulator::barrier_part(id, threads, EMULATOR_HERE)
 #define __syncthreads_or(p) ((i32)::emulator::barrier(::emulator::Vote::any, (p) != 0, EMULATOR_HERE))
 #define __syncthreads_and(p) ((i32)::emulator::barrier(::emulator::Vote::all, (p) != 0, EMULATOR_HERE))
 #define __syncthreads_count(p) ((i32)::emulator::barrier(::emulator::Vote::count, (p) != 0, EMULATOR_HERE))

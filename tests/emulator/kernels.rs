@@ -59,7 +59,7 @@ pub enum Outcome {
 }
 
 /// Runs something on the device; whatever state a failure leaves is cleared.
-fn judge(device: &Device, result: Result<bool, i32>) -> Outcome {
+pub fn judge(device: &Device, result: Result<bool, i32>) -> Outcome {
     let outcome = match result {
         Ok(true) => Outcome::Right,
         Ok(false) => Outcome::WrongNumbers,
@@ -75,7 +75,7 @@ fn close(got: f32, want: f64, magnitude: f64) -> bool {
 }
 
 /// Whether `c` with one guard row of NaN is the product of `a [m][k]` and `b [n][k]`.
-fn is_product(
+pub fn is_product(
     c: &[f32],
     (m, n, k): (usize, usize, usize),
     term: impl Fn(usize, usize, usize) -> f64,

@@ -18,6 +18,9 @@ pub struct World {
     folder: tempfile::TempDir,
     service: Option<Child>,
     starts: usize,
+    /// Environment of the program; without a word of the test it finds no driver, whatever the machine has.
+    environment: Vec<(&'static str, PathBuf)>,
+    limit: Duration,
 }
 
 /// A job for the stub trainer.
@@ -33,7 +36,9 @@ impl World {
     /// With more lines in the service configuration.
     pub fn with(more: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let world = Self { folder, service: None, starts: 0 };
+        let nowhere = folder.path().join("no-driver");
+        let environment = vec![("BOXWRIGHT_CUDA_DRIVER", nowhere)];
+        let world = Self { folder, service: None, starts: 0, environment, limit: LIMIT };
         std::fs::create_dir(world.path("configs")).expect("writable");
         let stub = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/stub_trainer.sh");
         let mut text = "watch: {poll_interval_ms: 200, settle_ms: 300, open_settle_ms: 1500}\n\
@@ -47,6 +52,17 @@ impl World {
         text.push_str(&more.replace("STUB", &stub.display().to_string()));
         std::fs::write(world.path("service.yaml"), text).expect("writable");
         world
+    }
+
+    /// Sets a variable of the program's environment.
+    pub fn set(&mut self, name: &'static str, value: impl Into<PathBuf>) {
+        self.environment.retain(|(known, _)| *known != name);
+        self.environment.push((name, value.into()));
+    }
+
+    /// Gives conditions more time: emulated GPUs are slow.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -85,6 +101,7 @@ impl World {
         ] {
             command.env_remove(name);
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -129,7 +146,7 @@ impl World {
 
     pub fn wait_service(&mut self) -> ExitStatus {
         let mut child = self.service.take().expect("a service runs");
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + self.limit;
         loop {
             if let Some(status) = child.try_wait().expect("waits") {
                 return status;
@@ -151,12 +168,17 @@ impl World {
 
     /// Waits until `condition` gives something.
     pub fn wait<T>(&self, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + self.limit;
         loop {
             if let Some(value) = condition() {
                 return value;
             }
-            assert!(Instant::now() < deadline, "{what} did not happen within {LIMIT:?}\n{}", self.logs());
+            assert!(
+                Instant::now() < deadline,
+                "{what} did not happen within {:?}\n{}",
+                self.limit,
+                self.logs()
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -175,6 +197,26 @@ impl World {
     pub fn record(&self, task_id: &str) -> Option<JobRecord> {
         let journal = Journal::open_existing(&self.path("state")).ok()??;
         journal.job(&task_id.parse().expect("valid")).ok()?
+    }
+
+    /// The slots as `boxwright status --slots --json` shows them.
+    pub fn slots(&self) -> Vec<serde_json::Value> {
+        let output = self.run(&["status", "--slots", "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// Waits until the slot of this name is in this state, and gives it.
+    pub fn wait_slot(&self, name: &str, state: &str) -> serde_json::Value {
+        self.wait(&format!("{name} {state}"), || {
+            self.slots().into_iter().find(|slot| slot["name"] == name && slot["state"] == state)
+        })
+    }
+
+    /// Waits until a waiting job says this.
+    pub fn wait_reason(&self, task_id: &str, part: &str) -> JobRecord {
+        self.wait(&format!("{task_id} to say {part:?}"), || {
+            self.record(task_id).filter(|record| record.reason.contains(part))
+        })
     }
 
     pub fn records(&self) -> Vec<JobRecord> {

@@ -7,8 +7,20 @@
 #   fail=C@N     exit with code C after step N, first attempt     always=C@N   the same in every attempt, from step N on
 #   signal=S@N   die of signal S after step N, first attempt      hang=N       say nothing more after step N, first attempt
 #   deaf=1       ignore `stop`, `checkpoint`, end of input and SIGTERM
+#   gpu_fail=N   on GPU N: exit with code 14 after the first step, in every attempt
 #   junk=1       print lines that are no events                   quiet=1      leave no result file
+#
+# Asked for GPUs (`probe`), it shows what the file gpus.json of the working folder holds; without that file it has no
+# answer. `probe --test UUID` fails for the identities in the file gpu_faults, and waits while the file gpu_slow is there.
 set -u
+if [[ ${1-} == probe ]]; then
+    echo "$*" >>probes
+    [[ -e gpus.json ]] || exit 3
+    if [[ ${2-} != --test ]]; then cat gpus.json; exit 0; fi
+    while [[ -e gpu_slow ]]; do sleep 0.02; done
+    if grep -qsx -- "$3" gpu_faults; then echo '{"fault":"wrong numbers"}'; else echo '{"fault":null}'; fi
+    exit 0
+fi
 [[ $1 == train-child && $2 == --spec ]] || exit 10
 spec=$(<"$3")
 text() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p" <<<"$spec"; }
@@ -21,6 +33,7 @@ option() {
     printf '%s' "$2"
 }
 steps=$(option steps 20) pause=$(option pause 0.02) fail=$(option fail '') always=$(option always '')
+gpu_fail=$(option gpu_fail '') device=$(text device)
 signal=$(option signal '') hang=$(option hang '') deaf=$(option deaf '') junk=$(option junk '') quiet=$(option quiet '')
 
 say() { printf '%s\n' "$1"; }
@@ -44,6 +57,7 @@ alive() { # neither gone, nor dead and not yet waited for, nor another process o
 if [[ -e $run_dir/pid ]] && alive "$(<"$run_dir/pid")"; then echo "two at once" >>"$run_dir/violations"; fi
 printf '%s' $$ >"$run_dir/pid" || exit 15
 echo "$attempt from $step" >>"$run_dir/attempts" || exit 15
+echo "$device $(text gpu_uuid)" >>"$run_dir/devices" || exit 15
 echo "12:00:00 | WARNING  | stub trainer speaks" >&2
 [[ -n $junk ]] && { say 'this is no event'; say '{"half": '; say '[1, 2]'; printf 'no end of line\n'; }
 say '{"event":"started","task_id":"'"$task_id"'","pid":'$$'}'
@@ -75,6 +89,7 @@ while ((step < steps)); do
     if [[ -n $signal && $attempt == 1 && ${signal#*@} == "$step" ]]; then kill "-${signal%@*}" $$; sleep 5; fi
     order=''
     [[ -n $fail && $attempt == 1 && ${fail#*@} == "$step" ]] && order=$fail
+    [[ -n $gpu_fail && $device == "cuda:$gpu_fail" ]] && order=14
     [[ -n $always ]] && ((step >= ${always#*@})) && order=$always
     if [[ -n $order ]]; then
         say '{"event":"failed","class":"stub","message":"the stub failed on purpose at step '"$step"'"}'

@@ -1,33 +1,41 @@
 //! The supervisor: gives jobs to slots and writes down what happens.
 //!
-//! Owns: which slot has which job. In: [`Wake`], [`ChildStarted`], [`ChildEvent`], [`ChildEnded`], [`StopJob`],
-//! [`Shutdown`], [`KillAll`]. Out: `Start` and `Control` to the trainers, [`Notice`]s to the observer. Everything it
-//! decides is in the journal before it is done, so when it fails it is rebuilt from there. On stop of the actor the
-//! trainers stop too. Limits: one handler at a time (each waits for the journal, none blocks the thread); progress is
-//! written once a second at most; a journal that refuses is asked again every two seconds.
+//! Owns: the slots, which has which job, and how their GPUs stand. In: [`Wake`], [`ChildStarted`], [`ChildEvent`],
+//! [`ChildEnded`], [`StopJob`], [`Shutdown`], [`KillAll`]. Out: `Start` and `Control` to the trainers, [`Notice`]s to the
+//! observer, questions to the port of the GPUs. Everything it decides is in the journal before it is done, so when it
+//! fails it is rebuilt from there. On stop of the actor the trainers stop too. Limits: one handler at a time (each waits
+//! for the journal, none blocks the thread); progress is written once a second at most; a journal that refuses is asked
+//! again every two seconds; GPUs are looked for once a minute and after a fault.
 
+mod gpus;
+mod messages;
 mod progress;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, WrapFuture};
+use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, WrapFuture};
 use serde_json::{Map, Value as Json};
 
 use progress::{log_event, merge_progress};
 
+pub use messages::{
+    ChildEnded, ChildEvent, ChildStarted, Introduce, IsIdle, KillAll, Shutdown, StopJob, Wake,
+};
 pub(super) use progress::prepare_log;
 
-use super::endings::{self, Ending};
+use super::endings;
 use super::folder_watcher::{FolderWatcher, Look};
 use super::keeper::Keeper;
-use super::scheduling::{self, Round};
+use super::scheduling::{self, Placement, Round};
+use super::slots::{Seat, Slot};
 use super::trainer::{Control, Start, Trainer, TrainerConfig};
+use crate::adapters::gpu::GpuPort;
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
 use crate::job::event::KEPT_SESSION_EVENTS;
 use crate::job::ids::TaskId;
-use crate::job::record::{Change, CommandKind, JobRecord, ProcessId};
+use crate::job::record::{Change, CommandKind, JobRecord};
 use crate::job::service::ServiceConfig;
 use crate::job::state::JobState;
 
@@ -78,9 +86,17 @@ struct Busy {
     progress_saved: Instant,
 }
 
-struct Slot {
+/// A slot, its trainer and its job.
+struct Bay {
+    slot: Slot,
     trainer: Addr<Trainer>,
     busy: Option<Busy>,
+}
+
+impl Bay {
+    fn job(&self) -> Option<&TaskId> {
+        self.busy.as_ref().map(|busy| &busy.record.task_id)
+    }
 }
 
 /// See the module.
@@ -89,7 +105,10 @@ pub struct Supervisor {
     trainer_config: Arc<TrainerConfig>,
     keeper: Keeper,
     observer: Arc<dyn Observer>,
-    slots: Vec<Slot>,
+    port: Arc<dyn GpuPort>,
+    /// Never shrinks, so that an index stays that of its slot.
+    bays: Vec<Bay>,
+    survey: gpus::Survey,
     watcher: Option<Addr<FolderWatcher>>,
     seen_version: Option<i64>,
     next_due_unix_ms: Option<i64>,
@@ -102,6 +121,7 @@ impl Supervisor {
         config: Arc<ServiceConfig>,
         trainer_config: Arc<TrainerConfig>,
         keeper: Keeper,
+        port: Arc<dyn GpuPort>,
         observer: Arc<dyn Observer>,
     ) -> Self {
         Self {
@@ -109,7 +129,9 @@ impl Supervisor {
             trainer_config,
             keeper,
             observer,
-            slots: Vec::new(),
+            port,
+            bays: Vec::new(),
+            survey: gpus::Survey::default(),
             watcher: None,
             seen_version: None,
             next_due_unix_ms: None,
@@ -117,12 +139,17 @@ impl Supervisor {
         }
     }
 
-    fn slot_of(&mut self, seq: i64) -> Option<&mut Slot> {
-        self.slots.iter_mut().find(|slot| slot.busy.as_ref().is_some_and(|busy| busy.record.seq == seq))
+    fn bay_of(&mut self, seq: i64) -> Option<&mut Bay> {
+        self.bays.iter_mut().find(|bay| bay.busy.as_ref().is_some_and(|busy| busy.record.seq == seq))
     }
 
     fn is_idle(&self) -> bool {
-        self.slots.iter().all(|slot| slot.busy.is_none())
+        self.bays.iter().all(|bay| bay.busy.is_none())
+    }
+
+    fn add_bay(&mut self, slot: Slot, ctx: &mut Context<Self>) {
+        let trainer = Trainer::new(self.bays.len(), self.trainer_config.clone(), ctx.address()).start();
+        self.bays.push(Bay { slot, trainer, busy: None });
     }
 
     /// Looks for requests, then fills the free slots.
@@ -131,12 +158,13 @@ impl Supervisor {
             return;
         }
         let (keeper, config) = (self.keeper.clone(), self.config.clone());
-        let free = self.slots.iter().filter(|slot| slot.busy.is_none()).count();
+        let seats: Vec<Seat> = self.bays.iter().map(|bay| bay.slot.seat(bay.job())).collect();
+        let looked = self.survey.looked.clone();
         let work = async move {
             keeper
                 .with(move |journal| {
                     let stops = take_requests(journal)?;
-                    let round = scheduling::schedule(journal, &config, free, now_unix_ms())?;
+                    let round = scheduling::schedule(journal, &config, seats, &looked, now_unix_ms())?;
                     Ok((stops, round, journal.data_version()?))
                 })
                 .await
@@ -167,18 +195,24 @@ impl Supervisor {
         {
             ctx.notify_later(Wake, Duration::from_millis(due_ms));
         }
-        for record in round.starts {
-            let Some(slot) = self.slots.iter_mut().find(|slot| slot.busy.is_none()) else {
-                unreachable!("a round starts no more jobs than there are free slots");
-            };
+        for record in round.refused {
+            tracing::error!(task_id = %record.task_id, class = ?record.class, "failed: {}", record.reason);
+            self.observer.notice(&Notice::Left(Box::new(record)));
+            self.wake_watcher();
+        }
+        for Placement { seat, record } in round.starts {
+            // The journal was waited for without a message in between, so the seats are as they were.
+            let bay = &mut self.bays[seat];
             prepare_log(&record);
-            tracing::info!(task_id = %record.task_id, attempt = record.attempts, "starting in {}", record.run_dir.display());
+            let (place, run_dir) = (bay.slot.name(), record.run_dir.display());
+            tracing::info!(task_id = %record.task_id, attempt = record.attempts, "starting on {place} in {run_dir}");
             self.observer.notice(&Notice::Started(Box::new(record.clone())));
             // do_send: the mailbox has no limit for it, and a closed one ends this actor at the next tick.
-            slot.trainer.do_send(Start(Box::new(record.clone())));
+            bay.trainer.do_send(Start { record: Box::new(record.clone()), gpu: bay.slot.as_gpu().cloned() });
             let progress_saved = Instant::now();
-            slot.busy = Some(Busy { record, progress: Map::new(), progress_saved });
+            bay.busy = Some(Busy { record, progress: Map::new(), progress_saved });
         }
+        self.publish(ctx);
     }
 
     /// Acts on a record that was asked to stop: it is cancelled already, or its trainer is told.
@@ -187,9 +221,9 @@ impl Supervisor {
         tracing::info!(task_id = %record.task_id, state = %record.state, "{}", record.reason);
         if record.state == JobState::Stopping {
             let grace_ms = self.config.stop_grace_ms;
-            if let Some(slot) = self.slot_of(record.seq) {
-                slot.trainer.do_send(Control::Stop { grace_ms });
-                if let Some(busy) = &mut slot.busy {
+            if let Some(bay) = self.bay_of(record.seq) {
+                bay.trainer.do_send(Control::Stop { grace_ms });
+                if let Some(busy) = &mut bay.busy {
                     busy.record = record;
                 }
             }
@@ -209,7 +243,9 @@ impl Supervisor {
 
     /// Writes down an event of a session.
     fn journal_event(&mut self, slot: usize, event: Json, ctx: &mut Context<Self>) {
-        let Some(busy) = self.slots.get_mut(slot).and_then(|slot| slot.busy.as_mut()) else { return };
+        let Some(bay) = self.bays.get_mut(slot) else { return };
+        let place = bay.slot.as_gpu().map_or(String::new(), |gpu| format!(" on GPU {}", gpu.number));
+        let Some(busy) = bay.busy.as_mut() else { return };
         let kind = event["event"].as_str().unwrap_or_default().to_owned();
         merge_progress(&mut busy.progress, &kind, &event);
         let runs = busy.record.state == JobState::Preparing
@@ -230,7 +266,7 @@ impl Supervisor {
             keeper
                 .with(move |journal| {
                     let record = if runs {
-                        Some(journal.change(seq, Change::to(JobState::Running, "trains"))?)
+                        Some(journal.change(seq, Change::to(JobState::Running, format!("trains{place}")))?)
                     } else {
                         None
                     };
@@ -244,7 +280,7 @@ impl Supervisor {
         };
         ctx.wait(work.into_actor(self).map(move |result, actor, _ctx| match result {
             Ok(Some(record)) => {
-                if let Some(busy) = actor.slot_of(seq).and_then(|slot| slot.busy.as_mut()) {
+                if let Some(busy) = actor.bay_of(seq).and_then(|bay| bay.busy.as_mut()) {
                     busy.record = record;
                 }
             }
@@ -256,7 +292,7 @@ impl Supervisor {
 
     /// Writes down how an attempt ended, however long the journal takes, and frees the slot.
     fn settle(&mut self, ended: ChildEnded, ctx: &mut Context<Self>) {
-        let Some(busy) = self.slot_of(ended.seq).and_then(|slot| slot.busy.as_ref()) else { return };
+        let Some(busy) = self.bay_of(ended.seq).and_then(|bay| bay.busy.as_ref()) else { return };
         let (record, keeper, config) = (busy.record.clone(), self.keeper.clone(), self.config.clone());
         let ending = ended.ending.clone();
         let work = async move {
@@ -270,7 +306,10 @@ impl Supervisor {
                 .await
         };
         ctx.wait(work.into_actor(self).map(move |result, actor, ctx| match result {
-            Ok(record) => actor.left(record, ctx),
+            Ok(record) => {
+                actor.judge(&ended, ctx);
+                actor.left(record, ctx);
+            }
             Err(error) => {
                 log_journal("note the end of a job", &error);
                 ctx.notify_later(ended, JOURNAL_RETRY);
@@ -286,9 +325,10 @@ impl Supervisor {
             JobState::Queued => tracing::warn!(task_id = %record.task_id, "{}", record.reason),
             state => tracing::info!(task_id = %record.task_id, %state, "{}", record.reason),
         }
-        if let Some(slot) = self.slot_of(record.seq) {
-            slot.busy = None;
+        if let Some(bay) = self.bay_of(record.seq) {
+            bay.busy = None;
         }
+        self.publish(ctx);
         self.observer.notice(&Notice::Left(Box::new(record)));
         self.wake_watcher();
         if self.shutting_down && self.is_idle() {
@@ -349,10 +389,10 @@ impl Actor for Supervisor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(MAILBOX);
-        for index in 0..self.config.cpu_slots {
-            let trainer = Trainer::new(index, self.trainer_config.clone(), ctx.address()).start();
-            self.slots.push(Slot { trainer, busy: None });
+        for number in 0..self.config.cpu_slots {
+            self.add_bay(Slot::cpu(number), ctx);
         }
+        self.look_first(ctx);
         ctx.run_interval(TICK, |actor, ctx| actor.tick(ctx));
         self.round(ctx);
     }
@@ -361,7 +401,7 @@ impl Actor for Supervisor {
 impl Supervisor {
     /// Once a second: requests from other processes, retries that became due, slots that broke.
     fn tick(&mut self, ctx: &mut Context<Self>) {
-        if self.slots.iter().any(|slot| !slot.trainer.connected()) {
+        if self.bays.iter().any(|bay| !bay.trainer.connected()) {
             tracing::error!("a slot is gone; rebuilding from the journal");
             ctx.terminate();
             return;
@@ -369,6 +409,7 @@ impl Supervisor {
         if self.shutting_down {
             return;
         }
+        self.tend(ctx);
         if self.next_due_unix_ms.is_some_and(|due| now_unix_ms() >= due) {
             self.round(ctx);
             return;
@@ -381,173 +422,5 @@ impl Supervisor {
                 ctx.notify(Wake);
             }
         }));
-    }
-}
-
-/// Something may have changed: look for requests and fill the slots.
-#[derive(Debug, Clone, Copy, Message)]
-#[rtype(result = "()")]
-pub struct Wake;
-
-impl Handler<Wake> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, _: Wake, ctx: &mut Context<Self>) {
-        self.round(ctx);
-    }
-}
-
-/// The watcher to wake when a job ends.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct Introduce(pub Addr<FolderWatcher>);
-
-impl Handler<Introduce> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, Introduce(watcher): Introduce, _ctx: &mut Context<Self>) {
-        self.watcher = Some(watcher);
-    }
-}
-
-/// A trainer's process runs.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct ChildStarted {
-    /// The record.
-    pub seq: i64,
-    /// Its process.
-    pub process: ProcessId,
-}
-
-impl Handler<ChildStarted> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, message: ChildStarted, ctx: &mut Context<Self>) {
-        let keeper = self.keeper.clone();
-        let work = async move {
-            keeper.with(move |journal| journal.set_process(message.seq, Some(message.process))).await
-        };
-        ctx.wait(work.into_actor(self).map(|result, _actor, _ctx| {
-            if let Err(error) = result {
-                // Recovery also finds processes by their arguments.
-                log_journal("note the process of a job", &error);
-            }
-        }));
-    }
-}
-
-/// A session event.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct ChildEvent {
-    /// The slot.
-    pub slot: usize,
-    /// The record.
-    pub seq: i64,
-    /// The event.
-    pub event: Json,
-}
-
-impl Handler<ChildEvent> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, message: ChildEvent, ctx: &mut Context<Self>) {
-        let ours = self
-            .slots
-            .get(message.slot)
-            .and_then(|slot| slot.busy.as_ref())
-            .is_some_and(|busy| busy.record.seq == message.seq);
-        if ours {
-            self.journal_event(message.slot, message.event, ctx);
-        }
-    }
-}
-
-/// A trainer's process is gone.
-#[derive(Debug, Clone, Message)]
-#[rtype(result = "()")]
-pub struct ChildEnded {
-    /// The slot.
-    pub slot: usize,
-    /// The record.
-    pub seq: i64,
-    /// How it ended.
-    pub ending: Ending,
-}
-
-impl Handler<ChildEnded> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, message: ChildEnded, ctx: &mut Context<Self>) {
-        self.settle(message, ctx);
-    }
-}
-
-/// Stop this job.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct StopJob {
-    /// The job.
-    pub task_id: TaskId,
-    /// Who asked, in a sentence.
-    pub why: String,
-}
-
-impl Handler<StopJob> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, StopJob { task_id, why }: StopJob, ctx: &mut Context<Self>) {
-        let keeper = self.keeper.clone();
-        let work = async move {
-            keeper
-                .with(move |journal| match journal.job(&task_id)? {
-                    Some(record) => request_stop(journal, &record, &why),
-                    None => Ok(None),
-                })
-                .await
-        };
-        ctx.wait(work.into_actor(self).map(|result, actor, ctx| match result {
-            Ok(Some(record)) => actor.stopped(record, ctx),
-            Ok(None) => {}
-            // The stop file stays, so it is tried again at the next look.
-            Err(error) => log_journal("stop a job", &error),
-        }));
-    }
-}
-
-/// Take no more work, let the trainers save and leave, then stop.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct Shutdown;
-
-impl Handler<Shutdown> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, _: Shutdown, ctx: &mut Context<Self>) {
-        self.shutting_down = true;
-        // A part of the limit is left for the journal.
-        let limit_ms = self.config.shutdown_limit_ms * 9 / 10;
-        for slot in self.slots.iter().filter(|slot| slot.busy.is_some()) {
-            slot.trainer.do_send(Control::Interrupt { limit_ms });
-        }
-        if self.is_idle() {
-            ctx.stop();
-        }
-    }
-}
-
-/// Kill the trainers now.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct KillAll;
-
-impl Handler<KillAll> for Supervisor {
-    type Result = ();
-
-    fn handle(&mut self, _: KillAll, _ctx: &mut Context<Self>) {
-        for slot in &self.slots {
-            slot.trainer.do_send(Control::Kill);
-        }
     }
 }

@@ -16,6 +16,7 @@ use actix::{Actor, AsyncContext, Context, Handler, Message, WrapFuture};
 use tokio::sync::mpsc;
 
 use super::supervisor::{ChildEnded, Supervisor};
+use crate::adapters::gpu::Gpu;
 use crate::job::record::JobRecord;
 
 /// What all slots share.
@@ -25,7 +26,7 @@ pub struct TrainerConfig {
     pub program: PathBuf,
     /// Where the specifications of running jobs lie.
     pub state_dir: PathBuf,
-    /// Compute threads of a child; `None` leaves them to it.
+    /// Threads of a child on the CPU; `None` leaves them to it.
     pub threads: Option<usize>,
     /// Share of a GPU's memory that a child may take, above 0 up to 1.
     pub gpu_share_max: f64,
@@ -55,7 +56,12 @@ impl Actor for Trainer {
 /// Train this job. The slot must be empty.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Start(pub Box<JobRecord>);
+pub struct Start {
+    /// The job.
+    pub record: Box<JobRecord>,
+    /// The GPU to train on; `None` for the CPU.
+    pub gpu: Option<Gpu>,
+}
 
 /// Something the child is to be told or done to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Message)]
@@ -78,14 +84,14 @@ pub enum Control {
 impl Handler<Start> for Trainer {
     type Result = ();
 
-    fn handle(&mut self, Start(record): Start, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Start { record, gpu }: Start, ctx: &mut Context<Self>) {
         assert!(self.control.as_ref().is_none_or(mpsc::Sender::is_closed), "one process to a slot");
         let (control, orders) = mpsc::channel(8);
         self.control = Some(control);
         let (slot, config, supervisor) = (self.slot, self.config.clone(), self.supervisor.clone());
         let work = async move {
             let seq = record.seq;
-            let ending = process::run(*record, slot, &config, &supervisor, orders).await;
+            let ending = process::run(*record, gpu, slot, &config, &supervisor, orders).await;
             // A closed mailbox means that the supervisor is being rebuilt; recovery then reads the result file.
             if supervisor.send(ChildEnded { slot, seq, ending }).await.is_err() {
                 tracing::error!(

@@ -16,9 +16,11 @@ use super::{Control, TrainerConfig};
 use crate::actors::endings::{self, Ending, Witness};
 use crate::actors::recovery::{child_spec_path, result_of, result_path};
 use crate::actors::supervisor::{ChildEvent, ChildStarted, Supervisor};
+use crate::adapters::gpu::Gpu;
 use crate::adapters::process;
 use crate::job::record::JobRecord;
 use crate::job::state::FailureClass;
+use crate::train::args::{Device, TrainArgs};
 use crate::train::child::ChildSpec;
 
 /// Lines of standard error kept for the reason of a failure.
@@ -35,6 +37,7 @@ const MEMORY_INTERVAL: Duration = Duration::from_secs(5);
 /// Starts the child of `record`, watches it to its end and says how it ended.
 pub(super) async fn run(
     record: JobRecord,
+    gpu: Option<Gpu>,
     slot: usize,
     config: &TrainerConfig,
     supervisor: &actix::Addr<Supervisor>,
@@ -42,16 +45,16 @@ pub(super) async fn run(
 ) -> Ending {
     let spec_path = child_spec_path(&config.state_dir, &record.task_id);
     let prepared = {
-        let (record, spec_path) = (record.clone(), spec_path.clone());
+        let (record, gpu, spec_path) = (record.clone(), gpu.clone(), spec_path.clone());
         let gpu_share_max = config.gpu_share_max;
-        tokio::task::spawn_blocking(move || prepare(&record, &spec_path, gpu_share_max)).await
+        tokio::task::spawn_blocking(move || prepare(&record, gpu.as_ref(), &spec_path, gpu_share_max)).await
     };
     match prepared {
         Ok(Ok(())) => {}
         Ok(Err(reason)) => return Ending::Failed { class: FailureClass::Storage, reason },
         Err(error) => return Ending::Failed { class: FailureClass::Internal, reason: error.to_string() },
     }
-    let mut child = match spawn(config, &spec_path) {
+    let mut child = match spawn(config, gpu.is_some(), &spec_path) {
         Ok(child) => child,
         Err(error) => {
             let reason = format!("cannot start the trainer {}: {error}", config.program.display());
@@ -65,7 +68,8 @@ pub(super) async fn run(
         tracing::warn!(task_id = %record.task_id, "the supervisor is gone; recovery will find the trainer by its arguments");
     }
     let watch = Watch::new(&record, slot, pid, config, supervisor.clone(), &mut child, orders);
-    let (status, witness) = watch.until_gone(&mut child).await;
+    let (status, mut witness) = watch.until_gone(&mut child).await;
+    witness.gpu = gpu.map(|gpu| gpu.number);
     // Whatever the child started goes with it.
     process::signal_group(pid, libc::SIGKILL);
     let ending = {
@@ -85,20 +89,28 @@ pub(super) async fn run(
 }
 
 /// Makes the run folder and writes what the child reads.
-fn prepare(record: &JobRecord, spec_path: &Path, gpu_share_max: f64) -> Result<(), String> {
+fn prepare(
+    record: &JobRecord,
+    gpu: Option<&Gpu>,
+    spec_path: &Path,
+    gpu_share_max: f64,
+) -> Result<(), String> {
     let run_dir = &record.run_dir;
     std::fs::create_dir_all(run_dir)
         .map_err(|error| format!("cannot make the run folder {}: {error}", run_dir.display()))?;
     let effective = run_dir.join("config.effective.yaml");
     write_whole(&effective, effective_yaml(record).as_bytes())?;
+    // The slot decides: a child on the CPU leaves every GPU alone.
+    let device = gpu.map_or(Device::Cpu, |gpu| Device::Cuda(gpu.number));
     let spec = ChildSpec {
         task_id: record.task_id.to_string(),
         attempt: record.attempts,
         run_dir: run_dir.clone(),
-        args: record.spec.args.clone(),
+        args: TrainArgs { device, ..record.spec.args.clone() },
         resume: true,
         result_path: result_path(run_dir),
         gpu_share_max: record.spec.gpu_share_max.map_or(gpu_share_max, |share| share.min(gpu_share_max)),
+        gpu_uuid: gpu.map(|gpu| gpu.uuid.clone()),
     };
     let text = serde_json::to_vec(&spec).map_err(|error| error.to_string())?;
     if let Some(folder) = spec_path.parent() {
@@ -135,7 +147,7 @@ fn effective_yaml(record: &JobRecord) -> String {
     text
 }
 
-fn spawn(config: &TrainerConfig, spec_path: &Path) -> std::io::Result<Child> {
+fn spawn(config: &TrainerConfig, on_gpu: bool, spec_path: &Path) -> std::io::Result<Child> {
     let mut command = Command::new(&config.program);
     command
         .arg("train-child")
@@ -146,7 +158,7 @@ fn spawn(config: &TrainerConfig, spec_path: &Path) -> std::io::Result<Child> {
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true);
-    if let Some(threads) = config.threads {
+    if let Some(threads) = config.threads.filter(|_| !on_gpu) {
         command.env("RAYON_NUM_THREADS", threads.to_string());
     }
     let parent = std::process::id();

@@ -5,6 +5,7 @@ use serde_json::json;
 use super::journal::Journal;
 use super::{JobStore, QueueError, Retry};
 use crate::job::record::{Change, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId};
+use crate::job::slot::{SlotBoard, SlotRecord, SlotState};
 use crate::job::spec::{JobSpec, SpecContext};
 use crate::job::state::{FailureClass, JobState};
 
@@ -41,6 +42,29 @@ fn contract(store: &mut dyn JobStore) {
     retries_and_processes(store);
     history_and_requests(store);
     verdicts(store);
+    boards(store);
+}
+
+fn boards(store: &mut dyn JobStore) {
+    assert_eq!(store.board().expect("reads"), None);
+    let service = ProcessId { pid: 7, started_ticks: 9 };
+    let slot = SlotRecord {
+        name: "GPU 1".into(),
+        device: "cuda:1".into(),
+        uuid: Some("GPU-a".into()),
+        model: Some("T".into()),
+        state: SlotState::Quarantined,
+        task_id: None,
+        reason: "3 faults in a row".into(),
+        faults: 3,
+        back_off_ms: 60_000,
+        until_unix_ms: Some(5),
+    };
+    for slots in [vec![slot.clone(), slot], Vec::new()] {
+        let board = SlotBoard { service, slots };
+        store.set_board(&board).expect("stored");
+        assert_eq!(store.board().expect("reads"), Some(board));
+    }
 }
 
 fn accepting(store: &mut dyn JobStore) {

@@ -14,6 +14,7 @@ use crate::job::clock::now_unix_ms;
 use crate::job::event::{EVENTS_PER_JOB_MAX, JobEvent};
 use crate::job::ids::TaskId;
 use crate::job::record::{Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId};
+use crate::job::slot::SlotBoard;
 use crate::job::state::{FailureClass, JobState};
 
 /// How long a statement waits for another process.
@@ -107,6 +108,7 @@ impl Journal {
                 return Err(QueueError::Version { path: path.to_owned(), found, known: schema::VERSION });
             }
         }
+        transaction.execute_batch(schema::CREATE_LATER).map_err(failed)?;
         transaction.commit().map_err(failed)?;
         Ok(Self { connection, soft: None })
     }
@@ -388,6 +390,27 @@ impl JobStore for Journal {
             .execute("UPDATE jobs SET progress = ?2 WHERE seq = ?1", params![seq, progress.to_string()])
             .map_err(sql("note the progress of a job"))?;
         Ok(())
+    }
+
+    fn set_board(&mut self, board: &SlotBoard) -> Result<(), QueueError> {
+        let text = serde_json::to_string(board)
+            .map_err(|source| QueueError::Decode { what: "list of slots", source: Some(source) })?;
+        self.soft
+            .as_ref()
+            .unwrap_or(&self.connection)
+            .execute("INSERT OR REPLACE INTO board (id, slots) VALUES (1, ?1)", [text])
+            .map_err(sql("note the slots"))?;
+        Ok(())
+    }
+
+    fn board(&self) -> Result<Option<SlotBoard>, QueueError> {
+        let text: Option<String> = self
+            .connection
+            .query_row("SELECT slots FROM board WHERE id = 1", [], |row| row.get(0))
+            .optional()
+            .map_err(sql("read the slots"))?;
+        // Written by another version of the program it is no use, and no harm: it is written anew at the next change.
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
     }
 
     fn add_event(&mut self, seq: i64, kind: &str, detail: &serde_json::Value) -> Result<(), QueueError> {

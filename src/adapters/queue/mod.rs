@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use crate::job::event::JobEvent;
 use crate::job::ids::TaskId;
 use crate::job::record::{Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId};
+use crate::job::slot::SlotBoard;
 use crate::job::state::{FailureClass, JobState};
 
 /// A store of jobs. Every method is one transaction: done and durable, or not done.
@@ -106,6 +107,18 @@ pub trait JobStore {
     /// # Errors
     /// When it cannot be stored.
     fn set_progress(&mut self, seq: i64, progress: &serde_json::Value) -> Result<(), QueueError>;
+
+    /// Replaces what is known of the slots. It may be lost with the machine's power: it is a display, not a fact.
+    ///
+    /// # Errors
+    /// When it cannot be stored.
+    fn set_board(&mut self, board: &SlotBoard) -> Result<(), QueueError>;
+
+    /// The slots as the last service left them.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn board(&self) -> Result<Option<SlotBoard>, QueueError>;
 
     /// Adds to the history of a record; the oldest entries go beyond the limit.
     ///

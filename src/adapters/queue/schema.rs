@@ -63,3 +63,12 @@ CREATE TABLE commands (
     UNIQUE (task_id, kind)
 );
 ";
+
+/// Tables that came later without changing the others: made when missing, unknown to earlier programs and no harm to
+/// them.
+pub(super) const CREATE_LATER: &str = "
+CREATE TABLE IF NOT EXISTS board (
+    id      INTEGER PRIMARY KEY CHECK (id = 1),
+    slots   TEXT NOT NULL
+);
+";

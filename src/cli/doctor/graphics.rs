@@ -80,7 +80,7 @@ fn device_json(device: &Finding, memory: &Result<Memory, String>) -> Json {
     json!({
         "device": format!("cuda:{}", device.ordinal),
         "name": chip.name,
-        "uuid": chip.uuid,
+        "uuid": chip.identity(),
         "compute_capability": format!("{}.{}", chip.major, chip.minor),
         "multiprocessors": chip.multiprocessors,
         "memory_total_bytes": memory.as_ref().map_or(chip.memory_bytes, |m| m.total_bytes),

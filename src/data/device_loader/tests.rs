@@ -303,7 +303,9 @@ fn the_loader_equals_the_cpu_loader() {
                 );
             }
             let counts = gpu.counts();
-            assert!(counts.bytes > 0 && counts.hits > 0 && counts.misses >= 27, "case {case}: {counts:?}");
+            // With next to no room an image may always be gone before it is wanted again.
+            assert!(counts.hits > 0 || case >= 2, "case {case}: {counts:?}");
+            assert!(counts.bytes > 0 && counts.misses >= 27, "case {case}: {counts:?}");
             assert_eq!(counts.evictions > 0, case >= 2, "case {case}: {counts:?}");
             assert_eq!(counts.misses > 27, case >= 2, "case {case}: {counts:?}");
             assert_eq!(gpu.notes().iter().any(|note| note.contains("MiB of images")), case == 2);

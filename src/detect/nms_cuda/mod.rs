@@ -182,6 +182,11 @@ impl DeviceNms {
         })
     }
 
+    /// How candidates are chosen.
+    pub fn args(&self) -> &NmsArgs {
+        &self.args
+    }
+
     /// What there is room for.
     pub fn capacity(&self) -> NmsCapacity {
         self.capacity

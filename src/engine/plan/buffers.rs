@@ -197,6 +197,11 @@ impl Buffers {
         self.conv[i] = b;
     }
 
+    /// True for a plan of the processor.
+    pub fn is_on_cpu(&self) -> bool {
+        self.target == Target::Cpu
+    }
+
     /// What a convolution's scratch depends on.
     fn conv_layout(&self, graph: &Graph, c: &ConvNode, mode: Mode) -> ConvLayout {
         let view = |v: Value, pad: Option<usize>, pitch: Option<usize>| {

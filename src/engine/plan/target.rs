@@ -1,10 +1,12 @@
 //! What a plan is made for: the device decides the width of a number and the scratch of each operation.
 
+use std::sync::Arc;
+
 use crate::engine::device::cuda::{Chip, Precision};
 use crate::engine::graph::{Graph, InputKind, Node};
 use crate::engine::ops::batch_norm_act::cuda as norm;
 use crate::engine::ops::conv2d::Conv2dParams;
-use crate::engine::ops::conv2d::cuda::{Pass, Shape, StatsLayout};
+use crate::engine::ops::conv2d::cuda::{Pass, Shape, StatsLayout, Tuning};
 use crate::engine::ops::{batch_norm_act, conv2d};
 use crate::engine::tensor::View;
 
@@ -19,6 +21,8 @@ pub enum Target {
         precision: Precision,
         /// Its chip: how far work is split depends on it.
         chip: Chip,
+        /// Cuts of convolutions that were measured on it; empty for those of the model.
+        tuning: Arc<Tuning>,
     },
 }
 
@@ -107,7 +111,7 @@ impl Target {
                 },
                 workspace_backward: p.backward_weight_workspace_len(n, h, w),
             },
-            Target::Cuda { precision, chip } => cuda_words(layout, *precision, chip),
+            Target::Cuda { precision, chip, tuning } => cuda_words(layout, *precision, chip, tuning),
         }
     }
 
@@ -115,7 +119,9 @@ impl Target {
     pub(crate) fn stats_layout(&self, p: &Conv2dParams, x: &View, y: &View, is_image: bool) -> StatsLayout {
         match self {
             Target::Cpu => unreachable!("the CPU cuts its statistics itself"),
-            Target::Cuda { precision, chip } => stats_layout(p, x, y, is_image, *precision, chip),
+            Target::Cuda { precision, chip, tuning } => {
+                stats_layout(p, x, y, is_image, *precision, chip, tuning)
+            }
         }
     }
 }
@@ -127,11 +133,12 @@ fn stats_layout(
     is_image: bool,
     precision: Precision,
     chip: &Chip,
+    tuning: &Tuning,
 ) -> StatsLayout {
     if is_image {
         return conv2d::cuda::image_stats_layout(p, y, precision, chip);
     }
-    conv2d::cuda::stats_layout(p, &Shape::of_views(x, y, precision), precision, chip)
+    conv2d::cuda::stats_layout(p, &Shape::of_views(x, y, precision), precision, chip, tuning)
 }
 
 /// Floats of partial statistics before the scratch of the kernel that joins them.
@@ -139,13 +146,14 @@ pub(crate) fn stats_words(layout: &StatsLayout, p: &Conv2dParams) -> usize {
     layout.len(p).next_multiple_of(4)
 }
 
-fn cuda_words(layout: &ConvLayout, precision: Precision, chip: &Chip) -> ConvWords {
+fn cuda_words(layout: &ConvLayout, precision: Precision, chip: &Chip, tuning: &Tuning) -> ConvWords {
     let ConvLayout { params: p, x, out, dy, dx, is_image, has_norm } = layout;
     let pixels = out.n * out.h * out.w;
     let words = |pass, a: &View, b: &View| {
-        conv2d::cuda::workspace_len(pass, p, &Shape::of_views(a, b, precision), precision, chip)
+        let shape = Shape::of_views(a, b, precision);
+        conv2d::cuda::workspace_len(pass, p, &shape, precision, chip, tuning)
     };
-    let stats = stats_layout(p, x, out, *is_image, precision, chip);
+    let stats = stats_layout(p, x, out, *is_image, precision, chip, tuning);
     let scratch = norm::finish_stats_scratch_len(pixels, stats.pixels_per_partial, p.c_out);
     ConvWords {
         partials: stats_words(&stats, p) + scratch,

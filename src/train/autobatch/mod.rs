@@ -240,7 +240,7 @@ impl Footprint<'_> {
     pub fn bytes(&self, batch: usize) -> u64 {
         let validated = Self::VALIDATION_FACTOR * batch;
         let plans = (self.training)(batch).max((self.validation)(validated));
-        let loss = (self.loss)(batch, batch * self.boxes_max);
+        let loss = (self.loss)(validated, batch * self.boxes_max);
         let ring = (self.ring * validated) as u64 * self.input_image_bytes;
         plans + loss + ring + self.parameter_bytes + self.fixed_bytes
     }

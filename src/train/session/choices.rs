@@ -4,6 +4,7 @@ use super::reporter::Reporter;
 use crate::data::Split;
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::models::Detector;
+use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{Algorithm, Form, Hyper, Optimizer, Role, Tensor, groups};
 use crate::engine::params::{ParamKind, ParamSet};
 use crate::train::args::{Batch, OptimizerChoice as Wanted, TrainArgs};
@@ -204,6 +205,7 @@ pub(super) fn fresh_progress(
         elapsed_s: 0.0,
         rollbacks: 0,
         loss_scale: None,
+        tuning: Tuning::default(),
     }
 }
 

@@ -8,7 +8,6 @@ use crate::data::augment::{AugmentArgs, CopyPasteMode, Scale};
 use crate::data::cache::{CacheArgs, CacheMode};
 use crate::data::dataset::Fraction;
 use crate::data::{DataError, Dataset, DatasetOptions, LoaderArgs, Split, SplitName, ValLoader};
-use crate::detect::models::Detector;
 use crate::detect::nms::NmsArgs;
 use crate::train::args::{Cache, Scale as ScaleArg, Share, TrainArgs};
 use crate::train::checkpoint::Resolved;
@@ -135,7 +134,6 @@ pub(super) fn loader_args(args: &TrainArgs, batch: usize, imgsz: usize, rect: bo
 pub(super) fn validation_args(
     args: &TrainArgs,
     dataset: &Dataset,
-    detector: &Detector,
     resolved: &Resolved,
     imgsz: usize,
 ) -> ValidationArgs {
@@ -158,7 +156,6 @@ pub(super) fn validation_args(
         imgsz,
         stride: STRIDE_MAX,
         workers: args.workers as usize,
-        reg_max: detector.reg_max,
         rect: true,
         pictures: None,
         json: None,

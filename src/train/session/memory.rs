@@ -6,6 +6,8 @@ use super::network::{Compute, Network, build};
 use crate::detect::losses::detection::LossConfig;
 use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, LossCapacity};
 use crate::detect::models::Detector;
+use crate::detect::nms::NmsArgs;
+use crate::detect::nms_cuda::{DeviceNms, NmsCapacity};
 use crate::engine::optim::{Algorithm, DeviceOptimizer, Ema};
 use crate::engine::plan::{Mode, Plan};
 use crate::train::args::{OptimizerChoice, TrainArgs};
@@ -14,6 +16,9 @@ use crate::train::error::TrainError;
 
 /// Bytes for what a plan does not show: recorded graphs, kernels loaded later, the driver's rounding.
 const DRIVER_BYTES: u64 = 96 << 20;
+
+/// Batches of pixels on the device at a time: those of the loader, and the images they are made of.
+const INPUT_BUFFERS: usize = 4;
 
 /// What the choice depends on.
 pub(super) struct Demand<'a> {
@@ -68,18 +73,21 @@ impl Demand<'_> {
         let plan_bytes = |detector: &Detector, batch: usize, mode: Mode| {
             Plan::for_target(&detector.graph, params, batch, mode, &target).bytes().total() as u64
         };
-        let max_anchors = self.largest.anchor_count();
+        let max_anchors = self.largest.anchor_count().max(validated.anchor_count());
+        let (nc, reg_max) = (self.largest.nc, self.largest.reg_max);
         let footprint = Footprint {
             training: &|batch| plan_bytes(self.largest, batch, Mode::Train),
             validation: &|batch| plan_bytes(&validated, batch, Mode::Eval),
             loss: &|max_batch, max_boxes| {
-                DeviceDetectionLoss::bytes(self.loss, &LossCapacity { max_batch, max_anchors, max_boxes })
-                    as u64
+                let loss = LossCapacity { max_batch, max_anchors, max_boxes };
+                let nms = NmsCapacity { max_batch, max_anchors, nc, reg_max };
+                let found = DeviceNms::bytes(&NmsArgs::validation(), &nms);
+                (DeviceDetectionLoss::bytes(self.loss, &loss) + found) as u64
             },
             boxes_max: self.boxes_after_augmentation(),
             parameter_bytes: self.optimiser_bytes()?,
-            input_image_bytes: 0,
-            ring: 0,
+            input_image_bytes: (self.imgsz * self.imgsz * 3) as u64,
+            ring: INPUT_BUFFERS,
             fixed_bytes: DRIVER_BYTES,
         };
         let wish = self.wish(autobatch::AUTO_SHARE_GPU, self.gpu_share_max);

@@ -33,7 +33,7 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use initial::{Branch, freeze, head_branch, initialise};
-pub use network::{Compute, Network, RawOutput, Spare, TimedLaunch};
+pub use network::{Compute, Found, Network, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
 pub use validate_file::{ValidateFileArgs, validate_file};
@@ -187,7 +187,6 @@ struct Run<'r, 'o> {
     val_split: Split,
     val_loader: ValLoader,
     validation: ValidationArgs,
-    spare: Spare,
     batches: usize,
     checkpoint_interval_s: u64,
     last_saved: Instant,

@@ -11,20 +11,23 @@ use super::feeding::{
     STRIDE_MAX, data_error, next_stride, open_dataset, open_val_loader, validation_args, validation_split,
 };
 use super::memory::Demand;
-use super::network::{Network, Spare, build};
+use super::network::{Compute, Network, build};
 use super::reporter::Reporter;
 use super::{Run, SessionSpec, initial, pretrained, save};
 use crate::data::{Split, SplitName, ValLoader};
 use crate::detect::losses::detection::LossConfig;
 use crate::engine::optim::Ema;
 use crate::engine::plan::Mode;
-use crate::train::args::Source;
+use crate::train::args::{Source, TrainArgs};
 use crate::train::autobatch::largest_side;
-use crate::train::checkpoint::{self, Checkpoint, Store};
+use crate::train::checkpoint::{self, Checkpoint, Resolved, Store};
 use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::SessionEvent;
 use crate::train::schedule::Schedule;
+
+/// Environment: `1` lets a new run measure the cuts of its convolutions before it begins.
+const TUNE: &str = "BOXWRIGHT_TUNE";
 
 /// Gets a run ready: the next thing it does is a batch.
 pub(super) fn prepare<'r, 'o>(
@@ -56,27 +59,22 @@ pub(super) fn prepare<'r, 'o>(
     let loss = LossConfig { reg_max: detector.reg_max, ..loss_config(&args, &train, nc) };
     let mut network = Network::new(&architecture, nc, loss.clone(), &compute)?;
     initial::freeze(&mut network.params, &args.freeze, detector.head_row)?;
+    match &found {
+        // Whatever was measured since: the sums of a run keep their order.
+        Some((_, checkpoint)) => network.use_tuning(&checkpoint.progress.tuning),
+        None => network.use_stored_tuning(),
+    }
     let resolved = match &found {
         Some((_, checkpoint)) => keep_choices(&checkpoint.progress, &args, reporter),
         None => {
-            // Memory must do for the largest size that `multi_scale` may draw.
-            let side = largest_side(imgsz, args.multi_scale, STRIDE_MAX);
-            let largest = build(&architecture, nc, side, side)?;
-            let demand = Demand {
-                args: &args,
-                compute: &compute,
-                network: &network,
-                largest: &largest,
-                loss: &loss,
-                imgsz,
-                images: train.len(),
-                boxes_max: train.boxes_per_image_max(),
-                gpu_share_max: spec.gpu_share_max,
-            };
-            resolve(&args, &largest, demand.choose()?, train.len(), nc)?
+            let sizes = (&train, imgsz);
+            choose_batch(spec, &args, &compute, &network, &loss, sizes)?
         }
     };
     check_batch(&args, &resolved, train.len(), reporter);
+    if found.is_none() && std::env::var_os(TUNE).is_some_and(|v| v == "1") {
+        network.tune((resolved.batch, imgsz, imgsz), false)?;
+    }
     let mut optimizer = optimizer(&args, &resolved, &network.params)?;
     let fingerprint = save::fingerprint(&detector.name, nc, network.params.trainable_count(), &optimizer);
     let batches = train.len().div_ceil(resolved.batch);
@@ -92,7 +90,7 @@ pub(super) fn prepare<'r, 'o>(
         pretrained::apply(start, &mut network.params, &dataset.names, &args, reporter)?;
     }
     let ema = Ema::new(&network.params.values, &network.params.buffers, Ema::DECAY, Ema::TAU);
-    let validation = validation_args(&args, &dataset, &detector, &resolved, imgsz);
+    let validation = validation_args(&args, &dataset, &resolved, imgsz);
     let val_split = validation_split(&dataset, &args)?.clone();
     let val_loader = open_val_loader(&val_split, &validation, &args)?;
     if Feed::is_on_device(&compute, &args) {
@@ -123,7 +121,6 @@ pub(super) fn prepare<'r, 'o>(
         val_split,
         val_loader,
         validation,
-        spare: Spare::default(),
         batches,
         checkpoint_interval_s: spec.checkpoint_interval_s,
         last_saved: Instant::now(),
@@ -144,6 +141,32 @@ pub(super) fn prepare<'r, 'o>(
     run.network.push(&run.optimizer, &run.ema)?;
     run.report_plan(resumed);
     Ok(run)
+}
+
+/// The batch and what follows from it, for a run that begins.
+fn choose_batch(
+    spec: &SessionSpec,
+    args: &TrainArgs,
+    compute: &Compute,
+    network: &Network,
+    loss: &LossConfig,
+    (train, imgsz): (&Split, usize),
+) -> Result<Resolved, TrainError> {
+    // Memory must do for the largest size that `multi_scale` may draw.
+    let side = largest_side(imgsz, args.multi_scale, STRIDE_MAX);
+    let largest = build(network.name(), loss.nc, side, side)?;
+    let demand = Demand {
+        args,
+        compute,
+        network,
+        largest: &largest,
+        loss,
+        imgsz,
+        images: train.len(),
+        boxes_max: train.boxes_per_image_max(),
+        gpu_share_max: spec.gpu_share_max,
+    };
+    resolve(args, &largest, demand.choose()?, train.len(), loss.nc)
 }
 
 /// Plans the largest validation batch.

@@ -22,6 +22,7 @@ impl Run<'_, '_> {
         self.progress.elapsed_s = self.elapsed_s();
         self.progress.ema_updates = self.ema.updates;
         self.progress.loss_scale = self.network.loss_scale()?;
+        self.progress.tuning = self.network.tuning().clone();
         // Between two steps the gradients are zero; within a window they are part of the state.
         let is_pending = self.iteration() as i64 - 1 != self.progress.last_step;
         let params = &self.network.params;

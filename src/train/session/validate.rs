@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::network::{Network, Spare};
+use super::network::Network;
 use super::{Run, pictures};
 use crate::data::{Batch, DataError, Split, ValLoader};
-use crate::detect::decode::detect;
 use crate::detect::metrics::matching::LabelledBox;
 use crate::detect::metrics::{Evaluator, Metrics};
 use crate::detect::nms::{Detection, NmsArgs};
@@ -33,8 +32,6 @@ pub struct ValidationArgs {
     pub stride: usize,
     /// Loader threads.
     pub workers: usize,
-    /// Bins of a side's distance distribution.
-    pub reg_max: usize,
     /// Rectangular batches, each as small as its images allow; otherwise squares.
     pub rect: bool,
     /// Folder for pictures of the first batches.
@@ -84,7 +81,6 @@ impl Validation {
 /// Data, memory or storage errors.
 pub fn validate(
     network: &mut Network,
-    spare: &mut Spare,
     (split, loader): (&Split, &mut ValLoader),
     names: &[String],
     args: &ValidationArgs,
@@ -103,13 +99,14 @@ pub fn validate(
         let start = Instant::now();
         let Some(batch) = loader.next().map_err(data_error)? else { break };
         times[0] += start.elapsed().as_secs_f64();
-        let start = Instant::now();
-        let output = network.evaluate(&batch, spare)?;
-        times[1] += start.elapsed().as_secs_f64();
+        let shape = (batch.n, batch.h, batch.w);
+        let output = network.detect(&batch.images, shape, Some(&batch.targets), &args.nms)?;
+        times[1] += output.seconds[0];
+        times[2] += output.seconds[1];
         let start = Instant::now();
         let items = [output.losses.box_, output.losses.cls, output.losses.dfl].map(f64::from);
         losses.iter_mut().zip(items).for_each(|(sum, item)| *sum += item);
-        let found = detect(&output.levels, names.len(), args.reg_max, batch.n, &args.nms);
+        let found = output.detections;
         let targets = targets_in_pixels(&batch);
         for (detections, targets) in found.iter().zip(&targets) {
             evaluator.add_image(detections, targets);
@@ -181,8 +178,8 @@ impl Run<'_, '_> {
             args.pictures = self.args.plots.then(|| self.reporter.folder.path().to_owned());
             args.json = self.args.save_json.then(|| self.reporter.folder.file("predictions.json"));
         }
-        let Run { network, spare, dataset, reporter, val_split, val_loader, .. } = self;
+        let Run { network, dataset, reporter, val_split, val_loader, .. } = self;
         let mut should_stop = || reporter.command() == Command::Stop;
-        validate(network, spare, (val_split, val_loader), &dataset.names, &args, &mut should_stop)
+        validate(network, (val_split, val_loader), &dataset.names, &args, &mut should_stop)
     }
 }

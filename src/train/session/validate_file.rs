@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::network::{Network, Spare};
+use super::network::Network;
 use super::pretrained::load_model;
 use super::{Validation, ValidationArgs, feeding, pictures, validate};
 use crate::data::cache::CacheArgs;
@@ -89,13 +89,11 @@ pub fn validate_file(
         imgsz,
         stride: feeding::STRIDE_MAX,
         workers: args.workers,
-        reg_max: network.reg_max(),
         rect: args.rect,
         pictures: args.plots.clone(),
         json: args.json.clone(),
     };
-    let mut spare = Spare::default();
-    let found = validate(&mut network, &mut spare, (&split, &mut loader), &names, &validation, should_stop)?;
+    let found = validate(&mut network, (&split, &mut loader), &names, &validation, should_stop)?;
     let Some(found) = found else { return Ok(None) };
     if let Some(folder) = &args.plots {
         draw(folder, &found, &names)?;

@@ -33,9 +33,22 @@ impl Chip {
         self.major >= 8
     }
 
+    /// The identity as the driver's own tools write it: `GPU-8a1b2c3d-...`.
+    pub fn identity(&self) -> String {
+        let digits = self.uuid.as_str();
+        let part = |from: usize, to: usize| digits.get(from..to).unwrap_or_default();
+        let parts = [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)];
+        format!("GPU-{}", parts.join("-"))
+    }
+
+    /// Whether there are Hopper's products of warpgroups and its copy engine.
+    pub fn has_wgmma(&self) -> bool {
+        (self.major, self.minor) == (9, 0)
+    }
+
     /// The target that NVRTC compiles for. Hopper's own instructions need the `a` form.
     pub fn target(&self) -> String {
-        let suffix = if (self.major, self.minor) == (9, 0) { "a" } else { "" };
+        let suffix = if self.has_wgmma() { "a" } else { "" };
         format!("sm_{}{}{suffix}", self.major, self.minor)
     }
 

@@ -9,7 +9,7 @@ use crate::engine::activation::Activation;
 use crate::engine::graph::{ConvNode, Graph, InputKind, Node, Value};
 use crate::engine::ops::batch_norm_act::cuda::{BatchNormActKernels, FinishStats, NormPointers, Running};
 use crate::engine::ops::border::cuda::BorderKernels;
-use crate::engine::ops::conv2d::cuda::{Conv2dKernels, Epilogue};
+use crate::engine::ops::conv2d::cuda::{Conv2dKernels, Epilogue, Tuning};
 use crate::engine::ops::image_input::cuda::ImageInputKernels;
 use crate::engine::ops::max_pool2d::cpu::Window;
 use crate::engine::ops::max_pool2d::cuda::MaxPool2dKernels;
@@ -176,7 +176,13 @@ impl Executor {
 
     /// For [`Plan::for_target`].
     pub fn target(&self) -> Target {
-        Target::Cuda { precision: self.precision, chip: self.device.chip().clone() }
+        let (chip, tuning) = (self.device.chip().clone(), Arc::clone(self.kernels.conv2d.tuning()));
+        Target::Cuda { precision: self.precision, chip, tuning }
+    }
+
+    /// From now on convolutions are cut as `tuning` says. Plans made before are for another target.
+    pub fn set_tuning(&mut self, tuning: Arc<Tuning>) {
+        self.kernels.conv2d.set_tuning(tuning);
     }
 
     /// Grows the memory so that `plan` fits; true when it moved, which makes captured graphs worthless.

@@ -1,7 +1,7 @@
 //! Finding the driver and the run-time compiler without linking them.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 
 use cudarc::{driver, nvrtc};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
@@ -39,19 +39,22 @@ fn preload(path: &Path) -> bool {
     }
 }
 
-/// Whether the driver's library is here. Loads it once.
+/// Whether the driver's library is here. Loads it once; an answer of no is asked again the next time.
 pub(super) fn driver_present() -> bool {
-    static PRESENT: OnceLock<bool> = OnceLock::new();
-    *PRESENT.get_or_init(|| {
-        if let Some(folder) = given().0 {
-            // A folder that was named is meant: another driver would be a surprise.
-            if !preload(&folder.join("libcuda.so.1")) {
-                return false;
-            }
+    static PRESENT: Mutex<bool> = Mutex::new(false);
+    let mut present = PRESENT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if *present {
+        return true;
+    }
+    if let Some(folder) = given().0 {
+        // A folder that was named is meant: another driver would be a surprise.
+        if !preload(&folder.join("libcuda.so.1")) {
+            return false;
         }
-        // SAFETY: only tries to load the library; it initialises nothing until called.
-        unsafe { driver::sys::is_culib_present() }
-    })
+    }
+    // SAFETY: only tries to load the library; it initialises nothing until called.
+    *present = unsafe { driver::sys::is_culib_present() };
+    *present
 }
 
 /// Version of the driver as `1000 * major + 10 * minor` of the CUDA it speaks; `None` without a driver.
@@ -73,10 +76,16 @@ pub(super) struct Nvrtc {
     pub folder: Option<PathBuf>,
 }
 
-/// The compiler, or where it was looked for. Loads it once.
+/// The compiler, or where it was looked for. Loads it once; a search in vain is repeated the next time.
 pub(super) fn nvrtc() -> Result<Nvrtc, String> {
-    static FOUND: OnceLock<Result<Nvrtc, String>> = OnceLock::new();
-    FOUND.get_or_init(find_nvrtc).clone()
+    static FOUND: Mutex<Option<Nvrtc>> = Mutex::new(None);
+    let mut found = FOUND.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(found) = &*found {
+        return Ok(found.clone());
+    }
+    let now = find_nvrtc()?;
+    *found = Some(now.clone());
+    Ok(now)
 }
 
 fn find_nvrtc() -> Result<Nvrtc, String> {

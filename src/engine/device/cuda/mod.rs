@@ -14,13 +14,18 @@ pub mod executor;
 mod libraries;
 mod module;
 mod probe;
+mod self_test;
 pub mod sources;
 mod stream;
 mod tensor;
+mod tensor_map;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+pub mod tuner;
+#[cfg(test)]
+mod tuner_tests;
 
 pub use chip::Chip;
 pub use context::{Buffer, Device, Memory, PinnedBuffer};
@@ -28,7 +33,9 @@ pub use error::DeviceError;
 pub use libraries::{driver_version, use_libraries};
 pub use module::{Kernel, Module};
 pub use probe::{Finding, Probe, probe};
+pub use self_test::self_test;
 pub use stream::{CapturedGraph, Event, Launch, LaunchTime, Stream};
 pub use tensor::{FastDivisor, Tensor};
+pub use tensor_map::{MappedTensor, PixelGrid, TensorMap};
 
 pub use crate::engine::precision::Precision;

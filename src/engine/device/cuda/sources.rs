@@ -31,10 +31,12 @@ pub const HEADERS: &[(&str, &str)] = headers![
     "conv2d_mma_patch.cuh",
     "conv2d_mma_weight.cuh",
     "conv2d_plain.cuh",
+    "conv2d_wgmma.cuh",
     "detection.cuh",
     "exact.cuh",
     "lanes.cuh",
     "ptx.cuh",
+    "ptx_sm90.cuh",
 ];
 
 /// Every kernel file.
@@ -58,6 +60,8 @@ pub const SOURCES: &[Source] = sources![
     "conv2d_mma_patch_forward_f16",
     "conv2d_mma_weight_bf16",
     "conv2d_mma_weight_f16",
+    "conv2d_wgmma_bf16",
+    "conv2d_wgmma_f16",
     "detection_loss",
     "image_input",
     "max_pool2d",

@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::{RawOutput, Shaped, Spare, engine};
+use super::{Found, Shaped, engine};
 use crate::data::Batch;
-use crate::detect::decode::HeadLevel;
+use crate::detect::decode::{HeadLevel, detect};
 use crate::detect::losses::detection::{DetectionLoss, HeadLevelGrad, LossConfig, LossItems};
+use crate::detect::nms::NmsArgs;
 use crate::detect::targets::Target;
 use crate::engine::device::cpu::{Executor, Profile};
 use crate::engine::optim::{Ema, Optimizer, clip_grad_norm};
@@ -19,13 +20,21 @@ pub(super) struct CpuBackend {
     loss: DetectionLoss,
     loss_capacity: (usize, usize),
     loss_time: Duration,
+    spare: Spare,
 }
 
 impl CpuBackend {
     pub fn new(loss_config: LossConfig, threads: usize) -> Result<CpuBackend, TrainError> {
         let executor = Executor::new(&[], threads).map_err(engine("start"))?;
         let loss = DetectionLoss::new(loss_config.clone(), 0, 0, 0);
-        Ok(CpuBackend { executor, loss_config, loss, loss_capacity: (0, 0), loss_time: Duration::ZERO })
+        Ok(CpuBackend {
+            executor,
+            loss_config,
+            loss,
+            loss_capacity: (0, 0),
+            loss_time: Duration::ZERO,
+            spare: Spare::default(),
+        })
     }
 
     pub fn threads(&self) -> usize {
@@ -94,14 +103,15 @@ impl CpuBackend {
         })
     }
 
-    pub fn infer(
+    pub fn detect(
         &mut self,
         shaped: &Shaped,
         params: &mut ParamSet,
         images: &[u8],
         targets: Option<&[Target]>,
-        spare: &mut Spare,
-    ) -> RawOutput<'_> {
+        nms: &NmsArgs,
+    ) -> Found {
+        let start = Instant::now();
         let (graph, plan) = (&shaped.detector.graph, &shaped.plan);
         self.executor.input_mut(plan).copy_from_slice(images);
         self.executor.forward(graph, plan, params);
@@ -115,10 +125,38 @@ impl CpuBackend {
         }
         let mut losses = LossItems::default();
         if let Some(targets) = targets {
-            let mut grads = spare.grads(&levels);
+            let mut grads = self.spare.grads(&levels);
             let loss = &mut self.loss;
             losses = pool.install(|| loss.compute(&levels, &mut grads, targets, plan.batch(), 1.0));
         }
-        RawOutput { levels, losses }
+        let network_s = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let (nc, reg_max, n) = (shaped.detector.nc, shaped.detector.reg_max, plan.batch());
+        let detections = pool.install(|| detect(&levels, nc, reg_max, n, nms));
+        Found { detections, losses, seconds: [network_s, start.elapsed().as_secs_f64()] }
+    }
+}
+
+/// Room for the gradients that the loss writes and validation does not want.
+#[derive(Default)]
+struct Spare {
+    floats: Vec<f32>,
+}
+
+impl Spare {
+    fn grads(&mut self, levels: &[HeadLevel]) -> Vec<HeadLevelGrad<'_>> {
+        let len = levels.iter().map(|l| l.boxes.len() + l.scores.len()).sum();
+        if self.floats.len() < len {
+            self.floats.resize(len, 0.0);
+        }
+        let mut rest = self.floats.as_mut_slice();
+        let mut grads = Vec::with_capacity(levels.len());
+        for level in levels {
+            let (boxes, after) = rest.split_at_mut(level.boxes.len());
+            let (scores, after) = after.split_at_mut(level.scores.len());
+            rest = after;
+            grads.push(HeadLevelGrad { boxes, scores });
+        }
+        grads
     }
 }

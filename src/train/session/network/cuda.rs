@@ -2,21 +2,26 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use super::{RawOutput, Shaped, Spare, device};
+use super::{Found, Shaped, device};
 use crate::data::Batch;
 use crate::data::device_loader::DeviceBatch;
-use crate::detect::decode::HeadLevel;
-use crate::detect::losses::detection::{DetectionLoss, LossConfig, LossItems};
-use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, DeviceHeadLevel, LossCapacity};
+use crate::detect::head_cuda::DeviceHeadLevel;
+use crate::detect::losses::detection::{LossConfig, LossItems};
+use crate::detect::losses::detection_cuda::{DeviceDetectionLoss, LossCapacity};
+use crate::detect::nms::NmsArgs;
+use crate::detect::nms_cuda::{DeviceNms, NmsCapacity};
 use crate::detect::targets::Target;
-use crate::engine::device::cuda::executor::{DeviceParams, Executor};
+use crate::engine::device::cuda::cache::Origin;
+use crate::engine::device::cuda::executor::{self, DeviceParams, Executor};
 use crate::engine::device::cuda::{
-    Buffer, CapturedGraph, Device, DeviceError, Event, LaunchTime, PinnedBuffer, Precision,
+    Buffer, CapturedGraph, Device, DeviceError, Event, LaunchTime, Module, PinnedBuffer, Precision,
 };
+use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{DeviceOptimizer, Ema, LossScale, Optimizer, StepTargets};
 use crate::engine::params::ParamSet;
-use crate::engine::plan::{Mode, Plan, Target as PlanTarget};
+use crate::engine::plan::{Plan, Target as PlanTarget};
 use crate::train::error::TrainError;
 
 /// Boxes of a batch that there is room for at first; more make the room grow.
@@ -44,6 +49,8 @@ pub(super) struct CudaBackend {
     loss_config: LossConfig,
     loss: Option<DeviceDetectionLoss>,
     optimizer: Option<DeviceOptimizer>,
+    /// Keeps the kernel files loaded that loss and optimiser look for later.
+    _kernels: Vec<Arc<Module>>,
     /// The factor of the loss in half precision.
     loss_scale: Option<Buffer>,
     /// Forward, loss and backward by (images, height, width).
@@ -51,9 +58,22 @@ pub(super) struct CudaBackend {
     /// False once the driver refused to capture.
     can_capture: bool,
     pinned: PinnedBuffer,
-    /// Outputs of an evaluation, and the loss of them.
-    outputs: Vec<Vec<f32>>,
-    evaluation_loss: Option<(DetectionLoss, usize, usize)>,
+    nms: Option<DeviceNms>,
+}
+
+/// Compiles or finds every kernel file that training needs, on all cores, and says how far it is.
+fn load_kernels(gpu: &Arc<Device>, precision: Precision) -> Result<Vec<Arc<Module>>, DeviceError> {
+    let mut stems = executor::stems(gpu, precision);
+    stems.extend(["task_aligned", "detection_loss", "optim", "augment"]);
+    let count = stems.len();
+    let began = Instant::now();
+    let loaded = gpu.load_modules(&stems, &|done, module| {
+        if module.origin() != Origin::Cached {
+            tracing::info!("kernels for {}: {done} of {count} compiled", gpu.chip().target());
+        }
+    })?;
+    tracing::debug!("{count} kernel files loaded in {:.2} s", began.elapsed().as_secs_f64());
+    Ok(loaded)
 }
 
 impl CudaBackend {
@@ -63,6 +83,8 @@ impl CudaBackend {
         loss_config: LossConfig,
         params: &ParamSet,
     ) -> Result<CudaBackend, TrainError> {
+        // Held until everything has found its kernels: a file that nobody holds is unloaded.
+        let loaded = load_kernels(gpu, precision).map_err(device("load its kernels"))?;
         let executor = Executor::new(gpu, precision).map_err(device("load its kernels"))?;
         let params = DeviceParams::new(executor.stream(), params, precision)
             .map_err(device("take memory for the parameters"))?;
@@ -79,15 +101,25 @@ impl CudaBackend {
             loss_config,
             loss: None,
             optimizer: None,
+            _kernels: loaded,
             captured: HashMap::new(),
             can_capture: true,
-            outputs: Vec::new(),
-            evaluation_loss: None,
+            nms: None,
         })
     }
 
     pub fn target(&self) -> PlanTarget {
         self.executor.target()
+    }
+
+    pub fn gpu(&self) -> (&Arc<Device>, Precision) {
+        (self.executor.device(), self.executor.precision())
+    }
+
+    /// Plans made before are for another target from now on.
+    pub fn set_tuning(&mut self, tuning: Arc<Tuning>) {
+        self.captured.clear();
+        self.executor.set_tuning(tuning);
     }
 
     /// Bytes of device memory that this backend holds.
@@ -96,10 +128,12 @@ impl CudaBackend {
         let loss =
             self.loss.as_ref().map_or(0, |l| DeviceDetectionLoss::bytes(&self.loss_config, &l.capacity()));
         let optimizer = self.optimizer.as_ref().map_or(0, DeviceOptimizer::allocated_bytes);
+        let nms = self.nms.as_ref().map_or(0, |n| DeviceNms::bytes(n.args(), &n.capacity()));
         self.executor.bytes()
             + DeviceParams::bytes(params.values.len(), params.buffers.len(), precision)
             + loss
             + optimizer
+            + nms
     }
 
     pub fn reserve(&mut self, shaped: &Shaped) -> Result<(), TrainError> {
@@ -109,18 +143,7 @@ impl CudaBackend {
             self.captured.clear();
         }
         let (n, anchors) = (plan.batch(), shaped.detector.anchor_count());
-        match plan.mode() {
-            Mode::Train => self.reserve_loss(n, anchors),
-            Mode::Eval => {
-                let (held_n, held) = self.evaluation_loss.as_ref().map_or((0, 0), |l| (l.1, l.2));
-                if n > held_n || anchors > held {
-                    let (n, anchors) = (n.max(held_n), anchors.max(held));
-                    let loss = DetectionLoss::new(self.loss_config.clone(), n, anchors, 64);
-                    self.evaluation_loss = Some((loss, n, anchors));
-                }
-                Ok(())
-            }
-        }
+        self.reserve_loss(n, anchors)
     }
 
     fn reserve_loss(&mut self, n: usize, anchors: usize) -> Result<(), TrainError> {
@@ -369,34 +392,65 @@ impl CudaBackend {
         self.executor.stream().upload(buffer, 0, &[scale]).map_err(device("take the loss scale"))
     }
 
-    pub fn infer(
+    pub fn detect(
         &mut self,
         shaped: &Shaped,
         images: &[u8],
         targets: Option<&[Target]>,
-        spare: &mut Spare,
-    ) -> Result<RawOutput<'_>, TrainError> {
+        nms: &NmsArgs,
+    ) -> Result<Found, TrainError> {
         let plan = &shaped.plan;
         let failed = device("evaluate a batch");
+        let start = Instant::now();
         self.send_images(plan, images)?;
+        self.reserve_nms(shaped, nms)?;
         self.executor.forward(&shaped.detector.graph, plan, &self.params).map_err(&failed)?;
-        self.outputs.resize_with(plan.output_count(), Vec::new);
-        for (i, output) in self.outputs.iter_mut().enumerate() {
-            output.resize(plan.output_shape(i).iter().product(), 0.0);
-            self.executor.download_output(plan, i, output).map_err(&failed)?;
-        }
-        let levels: Vec<HeadLevel<'_>> = (shaped.detector.strides.iter().enumerate())
+        let levels: Vec<DeviceHeadLevel> = (shaped.detector.strides.iter().enumerate())
             .map(|(level, &stride)| {
-                let [_, h, w, _] = plan.output_shape(2 * level);
-                let (boxes, scores) = (&self.outputs[2 * level], &self.outputs[2 * level + 1]);
-                HeadLevel { stride, h, w, boxes, scores }
+                let (boxes, _) = self.executor.output(plan, 2 * level);
+                let (scores, _) = self.executor.output(plan, 2 * level + 1);
+                DeviceHeadLevel::without_gradients(stride as u32, boxes, scores)
             })
             .collect();
         let mut losses = LossItems::default();
-        if let (Some(targets), Some((loss, ..))) = (targets, &mut self.evaluation_loss) {
-            let mut grads = spare.grads(&levels);
-            losses = loss.compute(&levels, &mut grads, targets, plan.batch(), 1.0);
+        if let Some(targets) = targets {
+            let loss = self.loss.as_mut().expect("reserved with the plan");
+            let stream = self.executor.stream();
+            // SAFETY: every pass ends with a synchronisation, so all earlier uploads have run; the views lie in the
+            // executor's arena.
+            let moved = unsafe { loss.upload_targets(stream, targets, plan.batch()) }.map_err(&failed)?;
+            unsafe { loss.compute(stream, &levels, plan.batch(), 0) }.map_err(&failed)?;
+            let items = loss.read(stream).map_err(&failed)?;
+            losses = LossItems { box_: items.box_, cls: items.cls, dfl: items.dfl, total: items.total };
+            if moved {
+                self.captured.clear();
+            }
         }
-        Ok(RawOutput { levels, losses })
+        let network_s = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let (stream, suppressor) = (self.executor.stream(), self.nms.as_ref().expect("reserved above"));
+        // SAFETY: as above; nothing writes the outputs before the detections are read.
+        unsafe { suppressor.detect(stream, &levels, plan.batch()) }.map_err(&failed)?;
+        let detections = suppressor.read(stream, plan.batch()).map_err(failed)?;
+        Ok(Found { detections, losses, seconds: [network_s, start.elapsed().as_secs_f64()] })
+    }
+
+    /// Makes room for decoding and suppression of a shape.
+    fn reserve_nms(&mut self, shaped: &Shaped, args: &NmsArgs) -> Result<(), TrainError> {
+        let held = self.nms.as_ref().filter(|nms| nms.args() == args).map(DeviceNms::capacity);
+        let (n, anchors) = (shaped.plan.batch(), shaped.detector.anchor_count());
+        if held.is_some_and(|held| n <= held.max_batch && anchors <= held.max_anchors) {
+            return Ok(());
+        }
+        let capacity = NmsCapacity {
+            max_batch: n.max(held.map_or(0, |h| h.max_batch)),
+            max_anchors: anchors.max(held.map_or(0, |h| h.max_anchors)),
+            nc: shaped.detector.nc,
+            reg_max: shaped.detector.reg_max,
+        };
+        self.nms = None; // give back first: the two never need to exist together
+        let made = DeviceNms::new(self.executor.stream(), args.clone(), capacity);
+        self.nms = Some(made.map_err(device("take memory for suppression"))?);
+        Ok(())
     }
 }

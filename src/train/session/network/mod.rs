@@ -5,20 +5,21 @@
 
 mod cpu;
 mod cuda;
-mod spare;
+mod tuning;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::data::Batch;
 use crate::data::device_loader::DeviceBatch;
-use crate::detect::decode::HeadLevel;
 use crate::detect::losses::detection::{LossConfig, LossItems};
 use crate::detect::models::{Detector, ModelError};
+use crate::detect::nms::{Detection, NmsArgs};
 use crate::detect::targets::Target;
 use crate::engine::device::cpu::Profile;
 use crate::engine::device::cuda::{Device, DeviceError, Event, Precision};
 use crate::engine::error::EngineError;
+use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{Ema, LossScale, Optimizer};
 use crate::engine::params::ParamSet;
 use crate::engine::plan::{Mode, Plan, StepCost, Target as PlanTarget};
@@ -27,7 +28,6 @@ use crate::train::error::TrainError;
 use cpu::CpuBackend;
 use cuda::CudaBackend;
 pub use cuda::TimedLaunch;
-pub use spare::Spare;
 
 /// Plans kept at a time; shapes beyond that are planned anew.
 const PLANS_MAX: usize = 64;
@@ -84,14 +84,19 @@ pub struct Network {
     reg_max: usize,
     plans: HashMap<Shape, Shaped>,
     backend: Backend,
+    /// What convolutions on a GPU are cut by.
+    tuning: Arc<Tuning>,
 }
 
-/// Raw outputs of a batch, one entry per level.
-pub struct RawOutput<'a> {
-    /// The levels.
-    pub levels: Vec<HeadLevel<'a>>,
-    /// Loss items, in the units of training.
+/// What was found in a batch.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// Objects of each image, the best first.
+    pub detections: Vec<Vec<Detection>>,
+    /// Loss items, in the units of training; zero without targets.
     pub losses: LossItems,
+    /// Seconds of the network (and the loss), and of decoding and suppression.
+    pub seconds: [f64; 2],
 }
 
 impl Network {
@@ -111,7 +116,7 @@ impl Network {
             }
         };
         let (name, reg_max) = (detector.name, detector.reg_max);
-        Ok(Network { params, name, nc, reg_max, plans: HashMap::new(), backend })
+        Ok(Network { params, name, nc, reg_max, plans: HashMap::new(), backend, tuning: Arc::default() })
     }
 
     /// Threads that compute on the CPU.
@@ -339,32 +344,23 @@ impl Network {
         }
     }
 
-    /// Forward in evaluation mode, with the loss of the outputs.
+    /// Objects in the images `[n, h, w, 3]`, RGB bytes, in pixels of the input; with targets also the loss.
     ///
     /// # Errors
-    /// As [`Network::prepare`].
-    pub fn evaluate(&mut self, batch: &Batch, spare: &mut Spare) -> Result<RawOutput<'_>, TrainError> {
-        let losses_wanted = Some(batch.targets.as_slice());
-        self.infer(&batch.images, (batch.n, batch.h, batch.w), losses_wanted, spare)
-    }
-
-    /// Forward in evaluation mode of `[n, h, w, 3]` RGB bytes; the loss is left out without targets.
-    ///
-    /// # Errors
-    /// As [`Network::prepare`].
-    pub fn infer(
+    /// As [`Network::prepare`]; a fault of the device.
+    pub fn detect(
         &mut self,
         images: &[u8],
         (n, h, w): (usize, usize, usize),
         targets: Option<&[Target]>,
-        spare: &mut Spare,
-    ) -> Result<RawOutput<'_>, TrainError> {
+        nms: &NmsArgs,
+    ) -> Result<Found, TrainError> {
         self.prepare(n, h, w, Mode::Eval)?;
         let shaped = &self.plans[&(n, h, w, false)];
         let images = &images[..n * h * w * 3];
         match &mut self.backend {
-            Backend::Cpu(cpu) => Ok(cpu.infer(shaped, &mut self.params, images, targets, spare)),
-            Backend::Cuda(cuda) => cuda.infer(shaped, images, targets, spare),
+            Backend::Cpu(cpu) => Ok(cpu.detect(shaped, &mut self.params, images, targets, nms)),
+            Backend::Cuda(cuda) => cuda.detect(shaped, images, targets, nms),
         }
     }
 }

@@ -2,15 +2,17 @@
 //!
 //! Two kinds of kernels make the output and the gradient of the input: `conv2d_mma_gather.cuh` (any kernel size) and
 //! `conv2d_mma_patch.cuh` (3x3, input loaded once); `conv2d_mma_weight.cuh` makes the gradient of the weight.
+//! Hopper has kernels of its own ([`super::wgmma`]).
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::mma_args::{
     GatherArgs, OutputArgs, PatchArgs, ReduceArgs, WeightArgs, assert_layout, border_start, pitches,
 };
 use super::mma_config::{COUNTERS, GATHER_TILES, Method, MmaConfig, PATCH_COLUMNS, Pass, Product};
 use super::mma_config_weight::{WEIGHT_PATCH_TILES, WEIGHT_TAP_TILES, WeightProduct};
+use super::wgmma::{self, WgmmaKernels};
 use super::{Epilogue, Shape};
 use crate::engine::activation::Activation;
 use crate::engine::device::cuda::{
@@ -22,10 +24,13 @@ type Tile = (&'static str, u32, u32);
 
 /// The kernels of one precision.
 pub struct MmaKernels {
+    device: Arc<Device>,
     precision: Precision,
     kernels: HashMap<Tile, Kernel>,
     reduce: Kernel,
     counters: Buffer,
+    /// Loaded when first used, or at once where the choice may fall on them.
+    wgmma: OnceLock<WgmmaKernels>,
 }
 
 /// Files of the kernels of a precision; the order is that of [`MmaKernels::load`].
@@ -55,7 +60,8 @@ impl MmaKernels {
     /// A kernel does not load, or there is no memory for the counters.
     pub fn load(device: &Arc<Device>, precision: Precision) -> Result<MmaKernels, DeviceError> {
         let patch_tiles: Vec<(u32, u32)> = PATCH_COLUMNS.iter().flat_map(|&c| [(128, c), (256, c)]).collect();
-        let families: [(&'static str, usize, &[(u32, u32)]); 6] = [
+        type Family<'a> = (&'static str, usize, &'a [(u32, u32)]);
+        let families: [Family; 6] = [
             ("gather_forward", 0, &GATHER_TILES),
             ("gather_backward", 1, &GATHER_TILES),
             ("patch_forward", 2, &patch_tiles),
@@ -82,7 +88,20 @@ impl MmaKernels {
         // SAFETY: the buffer was just made; the stream is waited for.
         unsafe { stream.fill(counters.pointer(), 0, counters.bytes())? };
         stream.synchronize()?;
-        Ok(MmaKernels { precision, kernels, reduce, counters })
+        let device = Arc::clone(device);
+        let loaded = MmaKernels { device, precision, kernels, reduce, counters, wgmma: OnceLock::new() };
+        if wgmma::is_wanted(loaded.device.chip()) {
+            loaded.wgmma()?;
+        }
+        Ok(loaded)
+    }
+
+    fn wgmma(&self) -> Result<&WgmmaKernels, DeviceError> {
+        if let Some(kernels) = self.wgmma.get() {
+            return Ok(kernels);
+        }
+        let kernels = WgmmaKernels::load(&self.device, self.precision)?;
+        Ok(self.wgmma.get_or_init(|| kernels))
     }
 
     fn kernel(&self, family: &'static str, config: &MmaConfig) -> &Kernel {
@@ -192,6 +211,10 @@ impl MmaKernels {
         let backward = product.pass == Pass::BackwardData;
         let border = if backward { p.gradient_border() } else { p.pad };
         assert!(x.pad as usize >= border, "a border of {} where {border} is needed", x.pad);
+        if config.uses_wgmma() {
+            // SAFETY: the caller's promise.
+            return unsafe { self.wgmma()?.launch(stream, config, p, product, &x, weight, &out, output) };
+        }
         let column_tiles = product.columns.div_ceil(config.columns);
         let launch = Launch {
             grid: [product.row_tiles(config) * column_tiles, config.splits, product.classes()],

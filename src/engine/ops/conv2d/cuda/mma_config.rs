@@ -1,22 +1,24 @@
 //! How a convolution is cut for the tensor cores: the choices, a model of their cost, and which one is taken.
 //!
-//! A choice fixes the order of every sum, so it depends on the shape and the chip alone: the same choice gives the
-//! same bits. [`MmaConfig::choose`] takes the cheapest by the model; [`MmaConfig::candidates`] gives the
-//! best few in order, for a tuner that times them.
+//! A choice fixes the order of every sum: the same choice gives the same bits. [`MmaConfig::choose`] takes the
+//! cheapest by the model, which depends on the shape and the chip alone; [`MmaConfig::candidates`] gives the best in
+//! order, of which `tuner` times a few. What it found stands in a `Tuning`, which a run keeps.
 //!
 //! The model, in cycles of one multiprocessor: a tile takes as long as the slowest of its products (1024 a cycle),
 //! its reads through L2 (24 bytes a cycle) and its fragments from shared memory (128 bytes a cycle). As many blocks
 //! as fit share a multiprocessor, so a wave of them takes that many tiles' time and one latency, but no less than one
 //! block takes by itself, whose steps wait for memory; splitting a sum pays for writing and reading the parts.
 
+use serde::{Deserialize, Serialize};
+
 use crate::engine::device::cuda::Chip;
 use crate::engine::ops::conv2d::Conv2dParams;
 
-use super::Shape;
 use super::mma_config_weight::WeightProduct;
+use super::{Shape, wgmma};
 
 /// Which sum a configuration is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Pass {
     /// The output.
     Forward,
@@ -27,7 +29,7 @@ pub enum Pass {
 }
 
 /// How a block finds its pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Method {
     /// Row by row, each tap by itself (for the weight gradient: one tap a block).
     Gather,
@@ -40,10 +42,19 @@ pub enum Method {
     },
     /// As `Patch`, with tiles of consecutive pixels (n, y, x).
     Run,
+    /// Hopper: boxes of `tile_h` by `tile_w` pixels, each tap by itself, multiplied by warpgroups.
+    Wgmma {
+        /// Rows of a tile.
+        tile_h: u32,
+        /// Columns of a tile.
+        tile_w: u32,
+    },
+    /// As `Wgmma`, with tiles of consecutive pixels (n, y, x).
+    WgmmaRun,
 }
 
 /// A way to cut one pass of one convolution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MmaConfig {
     /// How pixels are found.
     pub method: Method,
@@ -116,7 +127,7 @@ impl Product {
     }
 
     /// Most taps of a class.
-    fn taps(&self) -> u32 {
+    pub fn taps(&self) -> u32 {
         let side =
             if self.pass == Pass::BackwardData { self.kernel.div_ceil(self.stride) } else { self.kernel };
         side * side
@@ -135,7 +146,9 @@ impl Product {
     /// Tiles of rows.
     pub fn row_tiles(&self, config: &MmaConfig) -> u32 {
         match config.method {
-            Method::Patch { tile_h, tile_w } => self.n * self.h.div_ceil(tile_h) * self.w.div_ceil(tile_w),
+            Method::Patch { tile_h, tile_w } | Method::Wgmma { tile_h, tile_w } => {
+                self.n * self.h.div_ceil(tile_h) * self.w.div_ceil(tile_w)
+            }
             _ => self.rows().div_ceil(config.rows),
         }
     }
@@ -161,11 +174,17 @@ impl Product {
     }
 
     pub fn threads(config: &MmaConfig) -> u32 {
+        if config.uses_wgmma() {
+            return wgmma::THREADS;
+        }
         Product::warps(config) * 32
     }
 
     /// Dynamic shared memory of a block.
     pub fn shared_bytes(&self, config: &MmaConfig) -> u32 {
+        if config.uses_wgmma() {
+            return wgmma::shared_bytes(config);
+        }
         let (rows, columns) = (config.rows, config.columns);
         let backward = self.pass == Pass::BackwardData;
         let finish = rows * (columns + 8) * 2;
@@ -187,7 +206,7 @@ impl Product {
         let resident = resident(
             chip,
             Product::threads(config),
-            registers(accumulators),
+            if config.uses_wgmma() { wgmma::registers(config) } else { registers(accumulators) },
             self.shared_bytes(config) + config.rows * 12,
         )?;
         let tiles = u64::from(self.row_tiles(config)) * u64::from(self.columns.div_ceil(config.columns));
@@ -195,7 +214,10 @@ impl Product {
         // Over all classes together, the taps of a stride-2 data gradient are those of the kernel.
         let taps = f64::from(self.kernel * self.kernel) / f64::from(self.classes());
         let channels = f64::from(self.channels);
-        let (inner, input_bytes) = if config.method == Method::Gather {
+        let (inner, input_bytes) = if config.uses_wgmma() {
+            let inner = f64::from(self.wgmma_steps() * 64);
+            (inner, rows * inner * 2.0)
+        } else if config.method == Method::Gather {
             let inner = (taps * channels / 32.0).ceil() * 32.0;
             (inner, rows * taps * channels * 2.0)
         } else {
@@ -206,8 +228,14 @@ impl Product {
         let warp = if config.columns > 80 { (64.0, columns / 2.0) } else { (32.0, columns) };
         let warp = if config.rows == 64 { (32.0, 32.0) } else { warp };
         let fragments = (warp.0 + warp.1) * 2.0 * f64::from(Product::warps(config));
-        let products = rows * columns * inner / PRODUCTS_PER_CYCLE;
-        let l2 = (input_bytes + inner * columns * 2.0 + rows * columns * 2.0) / L2_BYTES_PER_CYCLE;
+        // Warpgroups read shared memory while they multiply, and the copy engine needs no threads for its addresses.
+        let (products_per_cycle, l2_per_cycle, fragments) = if config.uses_wgmma() {
+            (2.0 * PRODUCTS_PER_CYCLE, wgmma::L2_BYTES_PER_CYCLE, 0.0)
+        } else {
+            (PRODUCTS_PER_CYCLE, L2_BYTES_PER_CYCLE, fragments)
+        };
+        let products = rows * columns * inner / products_per_cycle;
+        let l2 = (input_bytes + inner * columns * 2.0 + rows * columns * 2.0) / l2_per_cycle;
         let shared = fragments * inner / SHARED_BYTES_PER_CYCLE;
         let mut block = products.max(l2).max(shared) / splits;
         let steps = if config.method == Method::Gather { inner / 32.0 / 3.0 } else { inner / 48.0 / 2.0 };
@@ -224,7 +252,7 @@ impl Product {
     }
 
     /// All configurations that make sense, cheapest first.
-    fn candidates(&self, chip: &Chip) -> Vec<MmaConfig> {
+    fn candidates(&self, chip: &Chip, include_wgmma: bool) -> Vec<MmaConfig> {
         let mut found = Vec::new();
         let widest = self.columns.next_multiple_of(16).max(16);
         let mut add = |method: Method, rows: u32, columns: u32, depth: u32| {
@@ -253,6 +281,16 @@ impl Product {
             add(Method::Gather, rows, columns, self.gather_steps().div_ceil(4));
         }
         let stride_fits = self.pass == Pass::Forward || self.stride == 1;
+        if include_wgmma && stride_fits && self.stride <= wgmma::STRIDE_MAX {
+            for (rows, columns) in wgmma::TILES {
+                add(Method::WgmmaRun, rows, columns, self.wgmma_steps());
+                if let Some((tile_h, tile_w)) = self.tile(rows)
+                    && self.stride == 1
+                {
+                    add(Method::Wgmma { tile_h, tile_w }, rows, columns, self.wgmma_steps());
+                }
+            }
+        }
         if self.kernel == 3 && stride_fits {
             for columns in PATCH_COLUMNS {
                 for rows in [128, 256] {
@@ -270,7 +308,7 @@ impl Product {
 
     /// The tile of at most `rows` pixels that divides the map exactly (statistics count on full tiles), has the most
     /// pixels, and of those the smallest patch.
-    fn tile(&self, rows: u32) -> Option<(u32, u32)> {
+    pub fn tile(&self, rows: u32) -> Option<(u32, u32)> {
         let mut best: Option<((u32, u32), (u32, u32))> = None;
         for tile_w in (1..=self.w.min(rows)).filter(|w| self.w.is_multiple_of(*w)) {
             let Some(tile_h) = (1..=self.h.min(rows / tile_w)).rev().find(|h| self.h.is_multiple_of(*h))
@@ -325,18 +363,30 @@ pub(super) fn sorted(mut found: Vec<(f64, MmaConfig)>) -> Vec<MmaConfig> {
 }
 
 impl MmaConfig {
-    /// Every configuration of a pass that fits the chip, cheapest by the model first.
-    pub fn candidates(pass: Pass, p: &Conv2dParams, shape: &Shape, chip: &Chip) -> Vec<MmaConfig> {
+    /// Every configuration of a pass that fits the chip, cheapest by the model first; with those of
+    /// Hopper's warpgroups where `include_wgmma` and the chip has them.
+    pub fn candidates(
+        pass: Pass,
+        p: &Conv2dParams,
+        shape: &Shape,
+        chip: &Chip,
+        include_wgmma: bool,
+    ) -> Vec<MmaConfig> {
         match pass {
             Pass::BackwardWeight => WeightProduct::new(p, shape).candidates(chip),
-            _ => Product::new(pass, p, shape).candidates(chip),
+            _ => Product::new(pass, p, shape).candidates(chip, include_wgmma && chip.has_wgmma()),
         }
     }
 
     /// The cheapest configuration by the model.
     pub fn choose(pass: Pass, p: &Conv2dParams, shape: &Shape, chip: &Chip) -> MmaConfig {
-        let found = MmaConfig::candidates(pass, p, shape, chip);
+        let found = MmaConfig::candidates(pass, p, shape, chip, wgmma::is_wanted(chip));
         found.into_iter().next().expect("a tile of 128x16 or 32x32 fits every chip with tensor cores")
+    }
+
+    /// Whether Hopper's warpgroups multiply.
+    pub fn uses_wgmma(&self) -> bool {
+        matches!(self.method, Method::Wgmma { .. } | Method::WgmmaRun)
     }
 
     /// Floats of partial sums that the pass needs.
@@ -356,7 +406,9 @@ impl MmaConfig {
     pub fn stats_tiles(&self, p: &Conv2dParams, shape: &Shape) -> (usize, usize) {
         let tiles = Product::new(Pass::Forward, p, shape).row_tiles(self) as usize;
         match self.method {
-            Method::Patch { tile_h, tile_w } => (tiles, (tile_h * tile_w) as usize),
+            Method::Patch { tile_h, tile_w } | Method::Wgmma { tile_h, tile_w } => {
+                (tiles, (tile_h * tile_w) as usize)
+            }
             _ => (tiles, self.rows as usize),
         }
     }

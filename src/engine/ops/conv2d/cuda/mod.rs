@@ -3,7 +3,7 @@
 //! Tensor cores (`mma`) take 16-bit numbers on compute capability 8.0 and later where the channels of both sides come
 //! in eights and every pixel is aligned to 16 bytes; everything else is computed by `plain`. How a case is cut is
 //! known before anything is allocated: a [`Shape`] is made of the two views, and the sizes of partial statistics and
-//! workspaces follow from it, the precision and the chip.
+//! workspaces follow from it, the precision, the chip, and what was measured on it ([`Tuning`]).
 
 mod image;
 mod mma;
@@ -15,9 +15,19 @@ mod plain;
 mod plain_tests;
 #[cfg(test)]
 mod tests;
+mod tuner;
+#[cfg(test)]
+mod tuner_tests;
+mod tuning;
+pub mod tuning_file;
+mod wgmma;
+#[cfg(test)]
+mod wgmma_tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 use super::Conv2dParams;
 use crate::engine::activation::Activation;
@@ -26,6 +36,8 @@ use crate::engine::tensor::View;
 
 pub use image::{image_stats_layout, image_workspace_len};
 pub use mma_config::{Method, MmaConfig, Pass};
+pub use tuner::{Clock, EventClock, Limits, Output, Subject, measure};
+pub use tuning::{Case, Tuning};
 
 /// What happens to the output before it is written. Addresses are those of `c_out` floats on the device.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +69,7 @@ pub enum Epilogue {
 }
 
 /// Sizes of both maps of a convolution, and what of their layout decides how it is computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Shape {
     /// Images.
     pub n: usize,
@@ -124,12 +136,17 @@ impl StatsLayout {
 }
 
 /// How the forward pass of this case cuts its statistics.
-pub fn stats_layout(p: &Conv2dParams, shape: &Shape, precision: Precision, chip: &Chip) -> StatsLayout {
+pub fn stats_layout(
+    p: &Conv2dParams,
+    shape: &Shape,
+    precision: Precision,
+    chip: &Chip,
+    tuning: &Tuning,
+) -> StatsLayout {
     if !uses_tensor_cores(p, shape, precision, chip) {
         return plain::stats_layout(p, shape);
     }
-    let (partials, pixels_per_partial) =
-        MmaConfig::choose(Pass::Forward, p, shape, chip).stats_tiles(p, shape);
+    let (partials, pixels_per_partial) = tuning.choose(Pass::Forward, p, shape, chip).stats_tiles(p, shape);
     StatsLayout { partials, pixels_per_partial }
 }
 
@@ -140,9 +157,10 @@ pub fn workspace_len(
     shape: &Shape,
     precision: Precision,
     chip: &Chip,
+    tuning: &Tuning,
 ) -> usize {
     if uses_tensor_cores(p, shape, precision, chip) {
-        MmaConfig::choose(pass, p, shape, chip).workspace_len(pass, p, shape)
+        tuning.choose(pass, p, shape, chip).workspace_len(pass, p, shape)
     } else {
         plain::workspace_len(pass, p, shape, chip)
     }
@@ -157,7 +175,8 @@ pub struct Conv2dKernels {
     mma: Option<mma::MmaKernels>,
     plain: plain::PlainKernels,
     image: image::ImageKernels,
-    /// What [`MmaConfig::choose`] said, since a launch should not have to ask again.
+    tuning: Arc<Tuning>,
+    /// What [`Tuning::choose`] said, since a launch should not have to ask again.
     chosen: Mutex<HashMap<(Pass, Conv2dParams, Shape), MmaConfig>>,
 }
 
@@ -168,6 +187,9 @@ impl Conv2dKernels {
         stems.extend(image::stems(precision, chip));
         if precision.bytes() == 2 && chip.has_tensor_bf16() {
             stems.extend(mma::stems(precision));
+            if wgmma::is_wanted(chip) {
+                stems.push(wgmma::stem(precision));
+            }
         }
         stems
     }
@@ -184,8 +206,20 @@ impl Conv2dKernels {
             mma: with_mma.then(|| mma::MmaKernels::load(device, precision)).transpose()?,
             plain: plain::PlainKernels::load(device, precision)?,
             image: image::ImageKernels::load(device, precision)?,
+            tuning: Arc::default(),
             chosen: Mutex::default(),
         })
+    }
+
+    /// From now on cases are cut as `tuning` says; plans and workspaces must have been made with it too.
+    pub fn set_tuning(&mut self, tuning: Arc<Tuning>) {
+        self.tuning = tuning;
+        self.chosen.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// What cases are cut by.
+    pub fn tuning(&self) -> &Arc<Tuning> {
+        &self.tuning
     }
 
     /// The tensor-core kernels and the configuration of a case, where they compute it.
@@ -201,7 +235,7 @@ impl Conv2dKernels {
         let mma = self.mma.as_ref().filter(|_| taken)?;
         let mut chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
         let config =
-            chosen.entry((pass, *p, shape)).or_insert_with(|| MmaConfig::choose(pass, p, &shape, chip));
+            chosen.entry((pass, *p, shape)).or_insert_with(|| self.tuning.choose(pass, p, &shape, chip));
         Some((mma, *config))
     }
 

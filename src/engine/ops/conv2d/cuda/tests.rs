@@ -97,7 +97,7 @@ fn for_each(v: &View, border: usize, mut f: impl FnMut(usize, usize)) {
 }
 
 /// One case on one device: inputs, outputs and what should come out.
-struct Bench {
+pub(super) struct Bench {
     device: Arc<Device>,
     stream: Stream,
     precision: Precision,
@@ -115,7 +115,7 @@ struct Bench {
 const GUARD: usize = 8;
 
 impl Bench {
-    fn new(device: &Arc<Device>, precision: Precision, case: Case) -> Bench {
+    pub fn new(device: &Arc<Device>, precision: Precision, case: Case) -> Bench {
         let (p, n) = (&case.p, case.n);
         let mut rng = Rng::new(7, Use::Test, case.h as u32, case.w as u32);
         let (h_out, w_out) = p.output_size(case.h, case.w);
@@ -136,7 +136,11 @@ impl Bench {
         Bench { device: Arc::clone(device), stream, precision, case, x, dy, y, dx, weight, dw, want }
     }
 
-    fn shape(&self, pass: Pass) -> Shape {
+    pub fn params(&self) -> &Conv2dParams {
+        &self.case.p
+    }
+
+    pub fn shape(&self, pass: Pass) -> Shape {
         let (x, y) = match pass {
             Pass::Forward => (&self.x, &self.y),
             Pass::BackwardData => (&self.dx, &self.dy),
@@ -147,9 +151,11 @@ impl Bench {
         shape
     }
 
-    /// Every tile of a pass, unsplit and with the most splits offered.
-    fn configs(&self, pass: Pass) -> Vec<MmaConfig> {
-        let all = MmaConfig::candidates(pass, &self.case.p, &self.shape(pass), self.device.chip());
+    /// Every tile of a pass, of warpgroups or not, unsplit and with the most splits offered.
+    pub fn configs(&self, pass: Pass, of_wgmma: bool) -> Vec<MmaConfig> {
+        let shape = self.shape(pass);
+        let mut all = MmaConfig::candidates(pass, &self.case.p, &shape, self.device.chip(), of_wgmma);
+        all.retain(|config| config.uses_wgmma() == of_wgmma);
         let mut configs: Vec<MmaConfig> = Vec::new();
         for config in &all {
             let same: Vec<&MmaConfig> = all
@@ -167,7 +173,7 @@ impl Bench {
         configs
     }
 
-    fn workspace(&self, pass: Pass, config: &MmaConfig) -> Buffer {
+    pub fn workspace(&self, pass: Pass, config: &MmaConfig) -> Buffer {
         let len = config.workspace_len(pass, &self.case.p, &self.shape(pass)).max(4);
         let buffer = self.device.allocate(len * 4).expect("memory");
         // SAFETY: the whole of a live buffer.
@@ -176,7 +182,7 @@ impl Bench {
     }
 
     /// The result is that of the reference, rounded once where `rounds`; `start` was there before.
-    fn check(&self, index: usize, what: &str, got: &[f64], rounds: bool, start: f64) {
+    pub fn check(&self, index: usize, what: &str, got: &[f64], rounds: bool, start: f64) {
         let (want, size) = (&self.want.0[index], &self.want.1[index]);
         assert_eq!(got.len(), want.len());
         for i in 0..got.len() {
@@ -188,7 +194,7 @@ impl Bench {
         }
     }
 
-    fn forward(&self, mma: &MmaKernels, config: &MmaConfig) {
+    pub fn forward(&self, mma: &MmaKernels, config: &MmaConfig) {
         let (p, shape) = (&self.case.p, self.shape(Pass::Forward));
         let (partials, pixels) = config.stats_tiles(p, &shape);
         let len = partials * 2 * p.c_out;
@@ -233,7 +239,7 @@ impl Bench {
         }
     }
 
-    fn backward_data(&self, mma: &MmaKernels, config: &MmaConfig, accumulate: bool) {
+    pub fn backward_data(&self, mma: &MmaKernels, config: &MmaConfig, accumulate: bool) {
         let workspace = self.workspace(Pass::BackwardData, config);
         self.dx.reset(&self.stream);
         let what = format!("data gradient {config:?}");
@@ -248,7 +254,7 @@ impl Bench {
         self.check(1, &what, &self.dx.read(&self.stream, &what), true, start);
     }
 
-    fn backward_weight(&self, mma: &MmaKernels, config: &MmaConfig) {
+    pub fn backward_weight(&self, mma: &MmaKernels, config: &MmaConfig) {
         let workspace = self.workspace(Pass::BackwardWeight, config);
         let len = self.case.p.weight_len();
         let mut values = vec![1.0f32; len + GUARD];
@@ -275,20 +281,20 @@ impl Bench {
     }
 
     /// Every configuration of every pass.
-    fn all(&self, mma: &MmaKernels) {
-        for config in self.configs(Pass::Forward) {
+    pub fn all(&self, mma: &MmaKernels) {
+        for config in self.configs(Pass::Forward, false) {
             self.forward(mma, &config);
         }
-        for (i, config) in self.configs(Pass::BackwardData).iter().enumerate() {
+        for (i, config) in self.configs(Pass::BackwardData, false).iter().enumerate() {
             self.backward_data(mma, config, i % 2 == 1);
         }
-        for config in self.configs(Pass::BackwardWeight) {
+        for config in self.configs(Pass::BackwardWeight, false) {
             self.backward_weight(mma, &config);
         }
     }
 }
 
-const PRECISIONS: [Precision; 2] = [Precision::Bf16, Precision::F16];
+pub(super) const PRECISIONS: [Precision; 2] = [Precision::Bf16, Precision::F16];
 
 #[test]
 fn mma_every_tile_agrees_with_the_reference() {
@@ -346,7 +352,8 @@ fn mma_epilogues_follow_their_formulas() {
         stream.upload(&vectors, 0, &columns).expect("a copy");
         let (scale, shift) = (vectors.pointer(), vectors.pointer() + 160);
         let added = residual.dense(&residual.before);
-        for config in bench.configs(Pass::Forward) {
+        let of_warps = bench.configs(Pass::Forward, false).into_iter();
+        for config in of_warps.chain(bench.configs(Pass::Forward, true)) {
             let workspace = bench.workspace(Pass::Forward, &config);
             let run = |out: Tensor, epilogue: Epilogue| {
                 let (x, weight) = (bench.x.tensor(), bench.weight.pointer());
@@ -406,11 +413,13 @@ fn mma_the_whole_interface_takes_aligned_cases() {
         let (p, chip, stream) = (&bench.case.p, device.chip(), &bench.stream);
         assert!(uses_tensor_cores(p, &bench.shape(Pass::Forward), Precision::Bf16, chip));
         assert!(!uses_tensor_cores(p, &bench.shape(Pass::Forward), Precision::F32, chip));
+        let model = Tuning::default();
         let passes = [Pass::Forward, Pass::BackwardData, Pass::BackwardWeight];
-        let words = passes.map(|pass| workspace_len(pass, p, &bench.shape(pass), Precision::Bf16, chip));
+        let words =
+            passes.map(|pass| workspace_len(pass, p, &bench.shape(pass), Precision::Bf16, chip, &model));
         let workspace = device.allocate(words.into_iter().max().map_or(4, |w| w.max(1) * 4)).expect("memory");
         stream.upload(&bench.dw, 0, &vec![1.0f32; p.weight_len()]).expect("a copy");
-        let layout = stats_layout(p, &bench.shape(Pass::Forward), Precision::Bf16, chip);
+        let layout = stats_layout(p, &bench.shape(Pass::Forward), Precision::Bf16, chip, &model);
         assert_eq!(layout.partials, 256usize.div_ceil(layout.pixels_per_partial));
         let stats = device.allocate(layout.len(p) * 4).expect("memory");
         let (x, y, dy, dx) = (bench.x.tensor(), bench.y.tensor(), bench.dy.tensor(), bench.dx.tensor());
@@ -438,7 +447,7 @@ fn mma_the_same_configuration_gives_the_same_bits() {
     for device in testing::devices() {
         let bench = Bench::new(&device, Precision::Bf16, case((64, 64), 3, 1, (2, 5, 5), 0));
         let mma = MmaKernels::load(&device, Precision::Bf16).expect("it loads");
-        let configs = bench.configs(Pass::Forward);
+        let configs = bench.configs(Pass::Forward, false);
         let split = configs.iter().find(|c| c.splits > 1).expect("a small map is split");
         let run = || {
             bench.forward(&mma, split);
@@ -481,7 +490,7 @@ fn configurations_fit_every_chip() {
             let y = View::new(0, n, h_out, w_out, p.c_out, p.gradient_border());
             let shape = Shape::of_views(&x, &y, Precision::Bf16);
             for pass in [Pass::Forward, Pass::BackwardData, Pass::BackwardWeight] {
-                let found = MmaConfig::candidates(pass, p, &shape, &chip);
+                let found = MmaConfig::candidates(pass, p, &shape, &chip, wgmma::is_wanted(&chip));
                 println!("{c:?} {kernel} {stride} {size:?} {pass:?}: {:?}", &found[..found.len().min(2)]);
                 assert_eq!(found[0], MmaConfig::choose(pass, p, &shape, &chip));
                 for config in found {
