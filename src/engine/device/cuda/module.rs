@@ -26,7 +26,12 @@ unsafe impl Sync for Module {}
 
 impl Module {
     pub(super) fn load(device: &Arc<Device>, source: &'static Source) -> Result<Module, DeviceError> {
-        let (code, origin) = cache::load(&cache::folder(), source, &device.chip().target())?;
+        let mut folder = cache::folder();
+        if device.chip().is_emulated() {
+            // Its compiler gives no machine code, under the same names.
+            folder.push("emulated");
+        }
+        let (code, origin) = cache::load(&folder, source, &device.chip().target())?;
         device.bind()?;
         // SAFETY: `code` is a whole image that the compiler made; the driver copies it.
         let handle = unsafe { result::module::load_data(code.as_ptr().cast()) }
