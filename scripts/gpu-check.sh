@@ -176,7 +176,7 @@ numbers() { tail -c +$((9 + $(od -An -tu8 -N8 "$1"))) "$1" | sha256sum; }
 # An undisturbed run, and one that is interrupted after a few steps and resumed, must end in the same weights.
 check_resume() {
     local log=$logs/resume.log limit=600 pid waited=0 code whole resumed folder
-    local job=(--device cuda --json model=yolov8n "data=$tiny" epochs=20 "imgsz=$tiny_size" batch=4 workers=2 plots=false "project=$work/resume")
+    local job=(--device cuda --json model=yolov8n "data=$tiny" epochs=100 "imgsz=$tiny_size" batch=4 workers=2 plots=false "project=$work/resume")
     if [ -n "$emulated" ]; then job+=(amp=false epochs=3); fi
     run "$log" "$limit" "$boxwright" train "${job[@]}" name=whole
     code=$?
@@ -184,12 +184,14 @@ check_resume() {
     "$boxwright" train "${job[@]}" name=cut >"$log.cut" 2>&1 &
     pid=$!
     folder=$work/resume/cut
-    while [ "$(grep -c '"event":"step"' "$folder/events.jsonl" 2>/dev/null || true)" -lt 1 ] 2>/dev/null; do
+    # Until its first step is written down; before that there is no such file.
+    while ! grep -q '"event":"step"' "$folder/events.jsonl" 2>/dev/null; do
         if ! kill -0 "$pid" 2>/dev/null || [ "$waited" -gt $((limit * 10)) ]; then break; fi
         sleep 0.1
         waited=$((waited + 1))
     done
-    kill -INT "$pid" 2>/dev/null
+    # Not SIGINT, which the shell lets its background commands ignore.
+    kill -TERM "$pid" 2>/dev/null
     wait "$pid"
     code=$?
     if [ "$code" != 130 ]; then failure "resume: the interrupted run" "$log.cut" "$code"; return; fi
