@@ -97,6 +97,7 @@ fn plan_line(event: &SessionEvent) -> String {
         parameters,
         batch,
         imgsz,
+        device,
         threads,
         images,
         val_images,
@@ -111,8 +112,9 @@ fn plan_line(event: &SessionEvent) -> String {
         return String::new();
     };
     let resumed = resumed_step.map_or(String::new(), |step| format!(", resumed at step {step}"));
+    let place = if device == "cpu" { format!("{threads} threads") } else { format!("on {device}") };
     format!(
-        "{parameters} parameters, batch {batch} at {imgsz} px ({} MiB), {threads} threads, {images} training and \
+        "{parameters} parameters, batch {batch} at {imgsz} px ({} MiB), {place}, {images} training and \
          {val_images} validation images, {epochs} epochs, {optimizer} lr {lr0}{resumed}",
         arena_bytes >> 20
     )

@@ -3,7 +3,7 @@
 use super::args::{Amp, Device, ResolvedDevice};
 use super::error::TrainError;
 use super::session::Compute;
-use crate::engine::device::cuda::{Device as CudaDevice, DeviceError, probe};
+use crate::engine::device::cuda::{Device as CudaDevice, DeviceError, Probe, probe};
 
 /// The device of this machine that `wanted` means.
 ///
@@ -57,5 +57,37 @@ pub fn open(wanted: Device, amp: Amp, threads: usize) -> Result<Compute, TrainEr
             let precision = amp.precision(Some(device.chip())).map_err(|message| config("amp", message))?;
             Ok(Compute::Cuda { device, precision })
         }
+    }
+}
+
+/// What to tell somebody who named no device, has a GPU's driver and computes on the CPU all the same: why.
+pub fn remark(wanted: Device, chosen: &Compute) -> Option<String> {
+    let is_left_out = wanted == Device::Default && matches!(chosen, Compute::Cpu { .. });
+    is_left_out.then(probe).and_then(|found| left_out(&found))
+}
+
+fn left_out(found: &Probe) -> Option<String> {
+    found.driver_version?;
+    let reason = found.obstacle.as_deref()?;
+    Some(format!("computing on the CPU although there is an NVIDIA driver: {reason}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_that_is_left_out_is_spoken_of() {
+        let found = |driver_version, obstacle: Option<&str>| Probe {
+            driver_version,
+            devices: Vec::new(),
+            compiler: Err("looked in vain".into()),
+            obstacle: obstacle.map(str::to_owned),
+        };
+        let said = left_out(&found(Some(13000), Some("NVRTC was not found"))).expect("a remark");
+        assert!(said.contains("on the CPU") && said.ends_with("NVRTC was not found"), "{said}");
+        assert_eq!(left_out(&found(None, Some("no NVIDIA driver"))), None, "nothing to miss");
+        assert_eq!(left_out(&found(Some(13000), None)), None);
+        assert_eq!(remark(Device::Cpu, &Compute::Cpu { threads: 1 }), None, "the CPU was meant");
     }
 }

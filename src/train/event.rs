@@ -37,6 +37,8 @@ pub enum SessionEvent {
         imgsz: usize,
         /// Batches whose gradients make one step after the warm-up.
         accumulate: usize,
+        /// What computes: `cpu`, or a GPU's number, name and precision.
+        device: String,
         /// Compute threads.
         threads: usize,
         /// Training images.

@@ -267,7 +267,7 @@ fn the_repository_speaks_of_the_project_alone() {
         for (index, line) in read(&path).lines().enumerate() {
             let lower = line.to_lowercase();
             for (word, absolute) in banned {
-                // `network/work/` is no absolute path.
+                // Behind a name, the word is a part of a longer path.
                 let begins = |at: usize| {
                     let before = lower[..at].chars().next_back().unwrap_or(' ');
                     !absolute || !(before.is_alphanumeric() || "._-$}~".contains(before))

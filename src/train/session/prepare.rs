@@ -36,6 +36,7 @@ pub(super) fn prepare<'r, 'o>(
 ) -> Result<Run<'r, 'o>, TrainError> {
     let mut args = spec.args.clone();
     let compute = device::open(args.device, args.amp, spec.threads)?;
+    device::remark(args.device, &compute).into_iter().for_each(|note| reporter.warn(note));
     let store = Store::new(reporter.folder.state(), spec.checkpoints_kept);
     let found = find_checkpoint(spec, &store, reporter)?;
     let dataset = open_dataset(&args, reporter)?;
@@ -139,7 +140,7 @@ pub(super) fn prepare<'r, 'o>(
         }
     }
     run.network.push(&run.optimizer, &run.ema)?;
-    run.report_plan(resumed);
+    run.report_plan(resumed, compute.describe());
     Ok(run)
 }
 
@@ -219,7 +220,7 @@ impl Run<'_, '_> {
         Ok(path)
     }
 
-    fn report_plan(&mut self, resumed_from: Option<PathBuf>) {
+    fn report_plan(&mut self, resumed_from: Option<PathBuf>, device: String) {
         let resolved = &self.progress.resolved;
         let (h, w) = self.loader.input_max();
         let shaped = self.network.shaped(resolved.batch, h, w, Mode::Train);
@@ -230,6 +231,7 @@ impl Run<'_, '_> {
             batch: resolved.batch,
             imgsz: self.validation.imgsz,
             accumulate: self.schedule.accumulate_at(u64::MAX),
+            device,
             threads: self.network.threads(),
             images: self.dataset.split(SplitName::Train).map_or(0, Split::len),
             val_images: self.val_split.len(),
