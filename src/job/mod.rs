@@ -3,9 +3,11 @@
 //! Nothing here touches a database, a process or an actor. Start reading at [`spec::JobSpec`] and [`state::JobState`].
 
 pub mod clock;
+pub mod delivery;
 pub mod event;
 pub mod ids;
 pub mod record;
+pub mod secret;
 pub mod service;
 pub mod slot;
 pub mod spec;

@@ -3,8 +3,12 @@
 //! The shipped file `configs/service/boxwright.yaml` is the reference of the keys; a test keeps it equal to the
 //! defaults here.
 
+mod fleet;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+pub use fleet::{MlflowConfig, OutboxConfig, RedisConfig, RedisKind, StoreConfig};
 
 use super::slot::{GPU_NUMBER_MAX, GpuChoice};
 use super::spec::SpecContext;
@@ -54,6 +58,14 @@ pub struct ServiceConfig {
     pub shutdown_limit_ms: u64,
     /// Logs.
     pub logging: LoggingConfig,
+    /// The shared queue.
+    pub redis: RedisConfig,
+    /// The object store.
+    pub store: StoreConfig,
+    /// The tracking server.
+    pub mlflow: MlflowConfig,
+    /// What waits for delivery to them.
+    pub outbox: OutboxConfig,
 }
 
 /// When the watched folders are read and files are taken; all in milliseconds.
@@ -148,6 +160,10 @@ impl Default for ServiceConfig {
                 files_max: 14,
                 job_files_max: 200,
             },
+            redis: RedisConfig::default(),
+            store: StoreConfig::default(),
+            mlflow: MlflowConfig::default(),
+            outbox: OutboxConfig::default(),
         }
     }
 }
@@ -219,6 +235,9 @@ impl ServiceConfig {
                 self.max_gpu_percent = percent as u32;
             }
         }
+        self.redis.environment(&set, faults);
+        self.store.environment(&set, faults);
+        self.mlflow.environment(&set, faults);
     }
 
     fn read(&mut self, root: &Node, faults: &mut Faults) {
@@ -249,6 +268,10 @@ impl ServiceConfig {
         whole(&mut reader, "max_gpu_percent", &mut percent, 1, 100, faults);
         self.max_gpu_percent = percent as u32;
         self.read_blocks(&mut reader, faults);
+        self.redis.read(&mut reader, faults);
+        self.store.read(&mut reader, faults);
+        self.mlflow.read(&mut reader, faults);
+        self.outbox.read(&mut reader, faults);
         reader.finish(faults);
     }
 
@@ -352,6 +375,20 @@ fn path(reader: &mut MapReader<'_>, key: &str, target: &mut PathBuf, faults: &mu
         && let Some(text) = faults.text(node, &reader.path_of(key))
     {
         *target = text.into();
+    }
+}
+
+fn text(reader: &mut MapReader<'_>, key: &str, target: &mut String, faults: &mut Faults) {
+    if let Some(node) = reader.set(key)
+        && let Some(text) = faults.text(node, &reader.path_of(key))
+    {
+        *target = text;
+    }
+}
+
+fn optional_text(reader: &mut MapReader<'_>, key: &str, target: &mut Option<String>, faults: &mut Faults) {
+    if let Some(node) = reader.set(key) {
+        *target = faults.text(node, &reader.path_of(key));
     }
 }
 
