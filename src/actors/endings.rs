@@ -358,6 +358,7 @@ mod tests {
             source: "t".into(),
             content_sha256: "0".into(),
             reason: "waits".into(),
+            shared: None,
         };
         let mut record = journal.accept(new.clone(), None).expect("accepted");
         let killed = || Ending::Failed { class: FailureClass::Killed, reason: "gone".into() };

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::{now_unix_ms, rfc3339};
-use crate::job::record::{IntakeEntry, JobRecord, NewJob};
+use crate::job::record::{IntakeEntry, JobRecord, NewJob, SharedJob};
 use crate::job::spec::{JobSpec, LoadedSpec, SpecContext, SpecError};
 use crate::job::state::JobState;
 
@@ -31,6 +31,8 @@ pub struct Submission {
     pub keep_verdict: bool,
     /// Run again what has completed with this very content.
     pub again: bool,
+    /// How other machines know it; `None` for a job of this machine alone.
+    pub shared: Option<SharedJob>,
 }
 
 /// What became of it.
@@ -94,6 +96,7 @@ pub fn decide(
         run_dir,
         reason: "waits for the next round of scheduling".to_owned(),
         spec,
+        shared: submission.shared.clone(),
     };
     let task_id = job.spec.task_id.clone();
     let kept = submission.keep_verdict.then(|| entry(submission, hash.clone(), true, Some(&job), verdict));
@@ -237,6 +240,7 @@ mod tests {
             modified_unix_ms: 1,
             keep_verdict: true,
             again: false,
+            shared: None,
         }
     }
 

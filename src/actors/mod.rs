@@ -10,10 +10,12 @@
 //! [`scheduling`] (who runs next and where), [`slots`] (what a slot is and when its GPU is put aside), [`endings`] (what
 //! an exit means), [`recovery`] (what a dead service left).
 
+pub mod courier;
 pub mod endings;
 pub mod folder_watcher;
 pub mod intake;
 pub mod keeper;
+pub mod outgoing;
 pub mod recovery;
 pub mod scheduling;
 pub mod service;

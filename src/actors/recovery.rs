@@ -84,8 +84,14 @@ mod tests {
             JobSpec::load(text.as_bytes(), "t", &config.spec_context(folder.to_owned())).expect("valid").spec;
         let run_dir = spec.run_dir();
         std::fs::create_dir_all(&run_dir).expect("writable");
-        let new =
-            NewJob { spec, source: "t".into(), content_sha256: "0".into(), run_dir, reason: "waits".into() };
+        let new = NewJob {
+            spec,
+            source: "t".into(),
+            content_sha256: "0".into(),
+            run_dir,
+            reason: "waits".into(),
+            shared: None,
+        };
         let record = journal.accept(new, None).expect("accepted");
         journal.begin_attempt(record.seq, "starts").expect("legal");
         journal.change(record.seq, Change::to(JobState::Running, "trains")).expect("legal")

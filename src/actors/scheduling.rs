@@ -7,7 +7,7 @@ use super::recovery::result_path;
 use super::slots::{Looked, Seat};
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::{JobStore, QueueError};
-use crate::job::record::{Change, JobRecord};
+use crate::job::record::{Change, JobRecord, WaitingJob};
 use crate::job::service::ServiceConfig;
 use crate::job::state::{FailureClass, JobState};
 use crate::train::args::Device;
@@ -34,6 +34,16 @@ pub struct Round {
     pub waiting: usize,
 }
 
+/// Waiting jobs that get a sentence of their own in each round; those further back are told that they are.
+const REASONS_MAX: usize = 100;
+
+/// What holds jobs back beside seats.
+#[derive(Debug, Clone, Default)]
+pub struct Gate {
+    /// Jobs of the shared queue wait, with this sentence: it is not known yet whose they are.
+    pub shared: Option<String>,
+}
+
 /// Begins attempts of waiting jobs on free seats and gives the others the sentence that says why they wait.
 ///
 /// # Errors
@@ -44,24 +54,25 @@ pub fn schedule(
     config: &ServiceConfig,
     seats: Vec<Seat>,
     looked: &Looked,
+    gate: &Gate,
     now_unix_ms: i64,
 ) -> Result<Round, QueueError> {
-    let active = journal.active()?;
-    let mut waiting: Vec<&JobRecord> = active
-        .iter()
-        .filter(|record| matches!(record.state, JobState::Queued | JobState::Interrupted))
-        .collect();
+    let mut waiting = journal.waiting()?;
     waiting.sort_by_key(|record| (Reverse(class(record, config, now_unix_ms)), record.seq));
     let mut round = Round { waiting: waiting.len(), ..Round::default() };
     let mut seats = seats;
     let mut held_back = Vec::new();
-    for record in waiting {
+    for record in &waiting {
+        if let Some(reason) = gate.shared.as_ref().filter(|_| record.is_shared) {
+            held_back.push((record, Held::Said(reason.clone())));
+            continue;
+        }
         if record.not_before_unix_ms > now_unix_ms {
             let due = round.next_due_unix_ms.unwrap_or(i64::MAX).min(record.not_before_unix_ms);
             round.next_due_unix_ms = Some(due);
             continue;
         }
-        match places(record.spec.args.device, &seats, looked) {
+        match places(record.wanted.device, &seats, looked) {
             Places::Never(reason) => {
                 let change = Change::to(JobState::Failed, reason).with_class(FailureClass::Config);
                 round.refused.push(journal.change(record.seq, change)?);
@@ -72,9 +83,13 @@ pub fn schedule(
                 Some(seat) => {
                     // A result of an earlier attempt must be gone before this one counts, or recovery could take it
                     // for ours.
-                    remove_old_result(record);
-                    let resumed =
-                        if record.attempts > 0 { "continues from its last checkpoint" } else { "starts" };
+                    let before = journal.record(record.seq)?;
+                    remove_old_result(&before);
+                    let resumed = if before.attempts_all() > 0 {
+                        "continues from its last checkpoint"
+                    } else {
+                        "starts"
+                    };
                     let place =
                         seats[seat].gpu.map_or(String::new(), |_| format!(" on {}", seats[seat].name));
                     let record = journal.begin_attempt(record.seq, &format!("{resumed}{place}"))?;
@@ -89,7 +104,10 @@ pub fn schedule(
     // Only now are all starts known that the sentences name.
     let reasons: Vec<(i64, String)> = held_back
         .into_iter()
-        .map(|(record, held)| match held {
+        .enumerate()
+        .map(|(place, (record, held))| match held {
+            // A sentence that changes with every start would be written thousands of times in a long queue.
+            _ if place >= REASONS_MAX => (record, format!("waits behind {REASONS_MAX} jobs and more")),
             Held::Said(reason) => (record, reason),
             Held::For(candidates) => (record, waits_for(&candidates, &seats)),
         })
@@ -218,9 +236,9 @@ fn waits_for(candidates: &[usize], seats: &[Seat]) -> String {
 }
 
 /// Priority class of a waiting job: its own, plus one for every ageing time it has waited.
-fn class(record: &JobRecord, config: &ServiceConfig, now_unix_ms: i64) -> i64 {
+fn class(record: &WaitingJob, config: &ServiceConfig, now_unix_ms: i64) -> i64 {
     let waited = (now_unix_ms - record.accepted_unix_ms).max(0);
-    record.spec.priority as i64 + waited / config.ageing_ms.max(1)
+    record.priority as i64 + waited / config.ageing_ms.max(1)
 }
 
 fn remove_old_result(record: &JobRecord) {

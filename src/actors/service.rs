@@ -275,7 +275,7 @@ impl Service {
 /// True when every dropped file has its verdict and no job is left to do.
 async fn is_empty(actors: &Actors, keeper: &Keeper) -> bool {
     let quiet = actors.watcher.send(IsQuiet).await.unwrap_or(false);
-    let is_done = keeper.with(|journal| Ok(journal.active()?.is_empty())).await.unwrap_or(false);
+    let is_done = keeper.with(|journal| Ok(!journal.has_active()?)).await.unwrap_or(false);
     // The journal knows of an end before the supervisor has told anybody.
     quiet && is_done && actors.supervisor.send(IsIdle).await.unwrap_or(false)
 }

@@ -71,6 +71,7 @@ mod tests {
             source: "t".into(),
             content_sha256: "0".into(),
             reason: "waits".into(),
+            shared: None,
         };
         let record = journal.accept(new, None).expect("accepted");
         let after = record.accepted_unix_ms + 5;

@@ -43,6 +43,7 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         run_dir: record.run_dir,
         reason: format!("resumed on the command line after it was {}", record.state),
         spec: record.spec,
+        shared: None,
     };
     let accepted = journal
         .accept(job, None)

@@ -104,6 +104,7 @@ fn submit(
         modified_unix_ms,
         keep_verdict: false,
         again,
+        shared: None,
     };
     let verdict = intake::decide(journal, &submission, &config.spec_context(working_dir))
         .map_err(|error| CliError::failed_from("the journal did not take the job", error))?;

@@ -71,6 +71,8 @@ pub struct NewDelivery {
     pub key: String,
     /// May be dropped when the outbox is full.
     pub may_be_dropped: bool,
+    /// Not to be made before this time has passed, milliseconds. A delivery that replaces another keeps the sooner time.
+    pub hold_ms: u64,
     /// What.
     pub body: DeliveryBody,
 }

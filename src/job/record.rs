@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::delivery::QueueEntry;
 use super::ids::TaskId;
-use super::spec::JobSpec;
+use super::spec::{JobSpec, Priority};
 use super::state::{FailureClass, JobState};
+use crate::train::args::Device;
 
 /// One run of one task id. Running a finished task id again makes a new record with the next generation; the old one
 /// stays as it ended.
@@ -53,6 +55,51 @@ pub struct JobRecord {
     pub result: Option<serde_json::Value>,
     /// The last sign of progress.
     pub progress: Option<serde_json::Value>,
+    /// This submission of the task id; the same on every machine that works on it.
+    pub instance: String,
+    /// The entry of the shared queue that it came from.
+    pub entry: Option<QueueEntry>,
+    /// Fencing number under which this machine owns it; 0 for a job that no other machine can take.
+    pub fence: u64,
+    /// Attempts that other machines made before this one took it.
+    pub attempts_before: u32,
+    /// What side services gave back: name to value (`mlflow_run_id`, say).
+    pub notes: BTreeMap<String, String>,
+}
+
+impl JobRecord {
+    /// Attempts on all machines.
+    pub fn attempts_all(&self) -> u32 {
+        self.attempts_before + self.attempts
+    }
+}
+
+/// Where a job can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// The device that it names.
+    pub device: Device,
+}
+
+/// What scheduling needs to know of a job that waits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WaitingJob {
+    /// Number of the record.
+    pub seq: i64,
+    /// The job.
+    pub task_id: TaskId,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// When it was accepted, Unix milliseconds.
+    pub accepted_unix_ms: i64,
+    /// Not to be started before this time.
+    pub not_before_unix_ms: i64,
+    /// Where it can run.
+    pub wanted: Wanted,
+    /// The sentence that says why it waits.
+    pub reason: String,
+    /// It came from a queue that machines share.
+    pub is_shared: bool,
 }
 
 /// A process that cannot be mistaken for a later one with the same number.
@@ -77,6 +124,21 @@ pub struct NewJob {
     pub run_dir: PathBuf,
     /// Why it waits.
     pub reason: String,
+    /// How it is known to other machines; `None` for a job of this machine alone.
+    pub shared: Option<SharedJob>,
+}
+
+/// A job that came from a queue that machines share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedJob {
+    /// This submission; the same on every machine.
+    pub instance: String,
+    /// The entry.
+    pub entry: QueueEntry,
+    /// Fencing number under which this machine owns it.
+    pub fence: u64,
+    /// Attempts that other machines made before.
+    pub attempts_before: u32,
 }
 
 /// A change of state and what goes with it.

@@ -22,26 +22,29 @@ pub enum JobState {
     Failed,
     /// Stopped on request.
     Cancelled,
+    /// Goes on on another machine, which took it over; over as far as this one is concerned.
+    Moved,
 }
 
-use JobState::{Cancelled, Completed, Failed, Interrupted, Preparing, Queued, Running, Stopping};
+use JobState::{Cancelled, Completed, Failed, Interrupted, Moved, Preparing, Queued, Running, Stopping};
 
 /// The legal moves.
 pub const TRANSITIONS: &[(JobState, &[JobState])] = &[
-    (Queued, &[Preparing, Failed, Cancelled]),
-    (Preparing, &[Running, Stopping, Interrupted, Queued, Completed, Failed, Cancelled]),
-    (Running, &[Stopping, Interrupted, Queued, Completed, Failed, Cancelled]),
-    (Stopping, &[Completed, Failed, Cancelled]),
-    (Interrupted, &[Preparing, Queued, Completed, Failed, Cancelled]),
+    (Queued, &[Preparing, Failed, Cancelled, Moved]),
+    (Preparing, &[Running, Stopping, Interrupted, Queued, Completed, Failed, Cancelled, Moved]),
+    (Running, &[Stopping, Interrupted, Queued, Completed, Failed, Cancelled, Moved]),
+    (Stopping, &[Completed, Failed, Cancelled, Moved]),
+    (Interrupted, &[Preparing, Queued, Completed, Failed, Cancelled, Moved]),
     (Completed, &[]),
     (Failed, &[]),
     (Cancelled, &[]),
+    (Moved, &[]),
 ];
 
 impl JobState {
     /// All states.
-    pub const ALL: [JobState; 8] =
-        [Queued, Preparing, Running, Stopping, Interrupted, Completed, Failed, Cancelled];
+    pub const ALL: [JobState; 9] =
+        [Queued, Preparing, Running, Stopping, Interrupted, Completed, Failed, Cancelled, Moved];
 
     /// The word for it.
     pub fn as_str(self) -> &'static str {
@@ -54,6 +57,7 @@ impl JobState {
             Completed => "completed",
             Failed => "failed",
             Cancelled => "cancelled",
+            Moved => "moved",
         }
     }
 
@@ -62,9 +66,9 @@ impl JobState {
         Self::ALL.into_iter().find(|state| state.as_str() == word)
     }
 
-    /// True for completed, failed and cancelled.
+    /// True for completed, failed, cancelled and moved.
     pub fn is_terminal(self) -> bool {
-        matches!(self, Completed | Failed | Cancelled)
+        matches!(self, Completed | Failed | Cancelled | Moved)
     }
 
     /// True while a process may belong to the job.

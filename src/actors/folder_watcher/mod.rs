@@ -349,6 +349,7 @@ fn read(path: &Path, seen: Seen) -> std::io::Result<Option<Submission>> {
         modified_unix_ms: seen.modified_unix_ms,
         keep_verdict: true,
         again: false,
+        shared: None,
     }))
 }
 

@@ -13,8 +13,14 @@ fn add(journal: &mut Journal, config: &ServiceConfig, id: &str, priority: &str) 
     );
     let spec = JobSpec::load(text.as_bytes(), "t", &config.spec_context("/w".into())).expect("valid").spec;
     let run_dir = spec.run_dir();
-    let new =
-        NewJob { spec, source: "t".into(), content_sha256: "0".into(), run_dir, reason: "just came".into() };
+    let new = NewJob {
+        spec,
+        source: "t".into(),
+        content_sha256: "0".into(),
+        run_dir,
+        reason: "just came".into(),
+        shared: None,
+    };
     journal.accept(new, None).expect("accepted")
 }
 
@@ -32,7 +38,8 @@ fn priority_then_order_and_a_reason_for_everyone() {
     let now = crate::job::clock::now_unix_ms();
     let mut order = Vec::new();
     for left in (0..4).rev() {
-        let round = schedule(&mut journal, &config, cpus(1), &none(), now).expect("schedules");
+        let round =
+            schedule(&mut journal, &config, cpus(1), &none(), &Gate::default(), now).expect("schedules");
         assert_eq!((round.starts.len(), round.waiting), (1, left));
         let id = ids(&round)[0].to_owned();
         for record in
@@ -40,7 +47,8 @@ fn priority_then_order_and_a_reason_for_everyone() {
         {
             assert_eq!(record.reason, format!("waits for a free CPU slot (1 of 1 busy: {id})"));
         }
-        let again = schedule(&mut journal, &config, cpus(0), &none(), now).expect("schedules");
+        let again =
+            schedule(&mut journal, &config, cpus(0), &none(), &Gate::default(), now).expect("schedules");
         assert!(again.starts.is_empty());
         journal.change(round.starts[0].record.seq, Change::to(JobState::Completed, "done")).expect("legal");
         order.push(id);
@@ -58,13 +66,16 @@ fn waiting_makes_important_and_back_off_holds() {
     let config_now = ServiceConfig { ageing_ms: 2000, ..config };
     let high = add(&mut journal, &config_now, "high", "high");
     let round =
-        schedule(&mut journal, &config_now, cpus(1), &none(), high.accepted_unix_ms).expect("schedules");
+        schedule(&mut journal, &config_now, cpus(1), &none(), &Gate::default(), high.accepted_unix_ms)
+            .expect("schedules");
     assert_eq!(ids(&round), ["high"]);
     journal.retry(high.seq, crate::job::state::FailureClass::Killed, "later", now + 500).expect("legal");
-    let round = schedule(&mut journal, &config_now, cpus(2), &none(), now).expect("schedules");
+    let round =
+        schedule(&mut journal, &config_now, cpus(2), &none(), &Gate::default(), now).expect("schedules");
     assert_eq!(ids(&round), ["low"]);
     assert_eq!(round.next_due_unix_ms, Some(now + 500));
-    let round = schedule(&mut journal, &config_now, cpus(1), &none(), now + 500).expect("schedules");
+    let round = schedule(&mut journal, &config_now, cpus(1), &none(), &Gate::default(), now + 500)
+        .expect("schedules");
     assert_eq!(ids(&round), ["high"]);
     assert_eq!(round.starts[0].record.attempts, 2);
 }
@@ -77,8 +88,15 @@ fn ten_jobs_on_one_slot_run_in_the_order_they_came() {
         add(&mut journal, &config, &format!("j{index}"), "medium");
     }
     for index in 0..10 {
-        let round = schedule(&mut journal, &config, cpus(1), &none(), crate::job::clock::now_unix_ms())
-            .expect("schedules");
+        let round = schedule(
+            &mut journal,
+            &config,
+            cpus(1),
+            &none(),
+            &Gate::default(),
+            crate::job::clock::now_unix_ms(),
+        )
+        .expect("schedules");
         assert_eq!(ids(&round), [format!("j{index}")]);
         journal.change(round.starts[0].record.seq, Change::to(JobState::Completed, "done")).expect("legal");
     }
@@ -112,8 +130,14 @@ fn on(journal: &mut Journal, config: &ServiceConfig, id: &str, device: &str) -> 
     );
     let spec = JobSpec::load(text.as_bytes(), "t", &config.spec_context("/w".into())).expect("valid").spec;
     let run_dir = spec.run_dir();
-    let new =
-        NewJob { spec, source: "t".into(), content_sha256: "0".into(), run_dir, reason: "just came".into() };
+    let new = NewJob {
+        spec,
+        source: "t".into(),
+        content_sha256: "0".into(),
+        run_dir,
+        reason: "just came".into(),
+        shared: None,
+    };
     journal.accept(new, None).expect("accepted")
 }
 
@@ -137,7 +161,8 @@ fn jobs_go_where_they_ask_and_say_what_they_wait_for() {
     }
     let now = crate::job::clock::now_unix_ms();
     let seats = vec![Slot::cpu(0).seat(None), gpu(0).seat(None), gpu(1).seat(None)];
-    let round = schedule(&mut journal, &config, seats, &found(&[]), now).expect("schedules");
+    let round =
+        schedule(&mut journal, &config, seats, &found(&[]), &Gate::default(), now).expect("schedules");
     let starts: Vec<(usize, &str)> =
         round.starts.iter().map(|start| (start.seat, start.record.task_id.as_str())).collect();
     assert_eq!(starts, [(2, "named"), (1, "any1"), (0, "slow")]);
@@ -170,7 +195,8 @@ fn a_job_that_can_never_run_here_fails_with_the_reason() {
     for (device, seats, looked, sentence) in cases {
         let mut journal = Journal::in_memory().expect("opens");
         on(&mut journal, &config, "a", device);
-        let round = schedule(&mut journal, &config, seats, &looked, i64::MAX / 2).expect("schedules");
+        let round = schedule(&mut journal, &config, seats, &looked, &Gate::default(), i64::MAX / 2)
+            .expect("schedules");
         assert_eq!(round.refused.iter().map(|r| r.reason.as_str()).collect::<Vec<_>>(), [sentence]);
         assert_eq!(round.waiting, 0);
     }
@@ -215,14 +241,16 @@ fn a_job_waits_for_a_look_and_for_a_gpu_that_may_return() {
     for (device, seats, looked, sentence) in cases {
         let mut journal = Journal::in_memory().expect("opens");
         on(&mut journal, &config, "a", device);
-        let round = schedule(&mut journal, &config, seats, &looked, i64::MAX / 2).expect("schedules");
+        let round = schedule(&mut journal, &config, seats, &looked, &Gate::default(), i64::MAX / 2)
+            .expect("schedules");
         assert_eq!((round.starts.len(), round.waiting), (0, 1));
         assert_eq!(reason(&journal, "a"), sentence);
     }
     let mut journal = Journal::in_memory().expect("opens");
     on(&mut journal, &config, "a", "null");
     let failed = Looked::Failed("the look crashed".into());
-    let round = schedule(&mut journal, &config, cpus(1), &failed, i64::MAX / 2).expect("schedules");
+    let round =
+        schedule(&mut journal, &config, cpus(1), &failed, &Gate::default(), i64::MAX / 2).expect("schedules");
     assert_eq!(ids(&round), ["a"], "nothing is known of a GPU: the CPU trains");
 }
 
@@ -235,10 +263,12 @@ fn a_job_goes_on_elsewhere_after_a_fault_of_its_gpu() {
     first.fault(job.seq, "launch failed", 0);
     first.tested(None, 0);
     let seats = || vec![first.seat(None), second.seat(None)];
-    let round = schedule(&mut journal, &config, seats(), &found(&[]), i64::MAX / 2).expect("schedules");
+    let round = schedule(&mut journal, &config, seats(), &found(&[]), &Gate::default(), i64::MAX / 2)
+        .expect("schedules");
     assert_eq!(round.starts[0].seat, 1);
     journal.retry(job.seq, FailureClass::Device, "again", 0).expect("legal");
     let only = vec![first.seat(None)];
-    let round = schedule(&mut journal, &config, only, &found(&[]), i64::MAX / 2).expect("schedules");
+    let round = schedule(&mut journal, &config, only, &found(&[]), &Gate::default(), i64::MAX / 2)
+        .expect("schedules");
     assert_eq!(round.starts[0].seat, 0, "where there is no other, it takes the same");
 }

@@ -27,7 +27,7 @@ pub(super) use progress::prepare_log;
 use super::endings;
 use super::folder_watcher::{FolderWatcher, Look};
 use super::keeper::Keeper;
-use super::scheduling::{self, Placement, Round};
+use super::scheduling::{self, Gate, Placement, Round};
 use super::slots::{Seat, Slot};
 use super::trainer::{Control, Start, Trainer, TrainerConfig};
 use crate::adapters::gpu::GpuPort;
@@ -112,6 +112,8 @@ pub struct Supervisor {
     watcher: Option<Addr<FolderWatcher>>,
     seen_version: Option<i64>,
     next_due_unix_ms: Option<i64>,
+    /// What holds jobs back beside slots.
+    gate: Gate,
     shutting_down: bool,
 }
 
@@ -135,6 +137,7 @@ impl Supervisor {
             watcher: None,
             seen_version: None,
             next_due_unix_ms: None,
+            gate: Gate::default(),
             shutting_down: false,
         }
     }
@@ -160,11 +163,12 @@ impl Supervisor {
         let (keeper, config) = (self.keeper.clone(), self.config.clone());
         let seats: Vec<Seat> = self.bays.iter().map(|bay| bay.slot.seat(bay.job())).collect();
         let looked = self.survey.looked.clone();
+        let gate = self.gate.clone();
         let work = async move {
             keeper
                 .with(move |journal| {
                     let stops = take_requests(journal)?;
-                    let round = scheduling::schedule(journal, &config, seats, &looked, now_unix_ms())?;
+                    let round = scheduling::schedule(journal, &config, seats, &looked, &gate, now_unix_ms())?;
                     Ok((stops, round, journal.data_version()?))
                 })
                 .await
@@ -375,7 +379,11 @@ pub fn request_stop(
         JobState::Preparing | JobState::Running => {
             journal.change(record.seq, Change::to(JobState::Stopping, why)).map(Some)
         }
-        JobState::Stopping | JobState::Completed | JobState::Failed | JobState::Cancelled => Ok(None),
+        JobState::Stopping
+        | JobState::Completed
+        | JobState::Failed
+        | JobState::Cancelled
+        | JobState::Moved => Ok(None),
     }
 }
 

@@ -24,7 +24,14 @@ fn spec(task_id: &str) -> JobSpec {
 fn new_job(task_id: &str) -> NewJob {
     let spec = spec(task_id);
     let run_dir = spec.run_dir();
-    NewJob { spec, source: "a.yaml".into(), content_sha256: "00".into(), run_dir, reason: "waits".into() }
+    NewJob {
+        spec,
+        source: "a.yaml".into(),
+        content_sha256: "00".into(),
+        run_dir,
+        reason: "waits".into(),
+        shared: None,
+    }
 }
 
 fn in_state(store: &mut dyn JobStore, task_id: &str, path: &[JobState]) -> JobRecord {
@@ -260,7 +267,7 @@ fn a_damaged_or_newer_journal_is_refused() {
     raw.pragma_update(None, "user_version", 99).expect("stored");
     drop(raw);
     let error = Journal::open(folder.path()).expect_err("newer").to_string();
-    assert!(error.contains("has schema version 99; this program knows up to 1"), "{error}");
+    assert!(error.contains("has schema version 99; this program knows up to 2"), "{error}");
     assert!(Journal::open_existing(tempfile::tempdir().expect("a folder").path()).expect("reads").is_none());
 }
 

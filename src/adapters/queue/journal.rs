@@ -9,11 +9,13 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::rows::{INTAKE_COLUMNS, JOB_COLUMNS, Parsed};
-use super::{JobStore, QueueError, rows, schema};
+use super::{JobStore, QueueError, outbox, rows, schema};
 use crate::job::clock::now_unix_ms;
 use crate::job::event::{EVENTS_PER_JOB_MAX, JobEvent};
 use crate::job::ids::TaskId;
-use crate::job::record::{Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId};
+use crate::job::record::{
+    Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId, WaitingJob, Wanted,
+};
 use crate::job::slot::SlotBoard;
 use crate::job::state::{FailureClass, JobState};
 
@@ -21,14 +23,21 @@ use crate::job::state::{FailureClass, JobState};
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The journal of one state folder.
-#[derive(Debug)]
 pub struct Journal {
-    connection: Connection,
+    pub(super) connection: Connection,
     /// Progress goes through a connection that does not wait for the disk.
-    soft: Option<Connection>,
+    pub(super) soft: Option<Connection>,
+    /// What side services are to be told of what happens; asked inside the transaction of the change.
+    pub(super) dispatcher: Option<outbox::Dispatcher>,
 }
 
-fn sql(what: &'static str) -> impl Fn(rusqlite::Error) -> QueueError {
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Journal").field("connection", &self.connection).finish_non_exhaustive()
+    }
+}
+
+pub(super) fn sql(what: &'static str) -> impl Fn(rusqlite::Error) -> QueueError {
     move |source| QueueError::Sql { what, source }
 }
 
@@ -98,19 +107,19 @@ impl Journal {
             connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         let found: i64 =
             transaction.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed)?;
-        match found {
-            0 => {
-                transaction.execute_batch(schema::CREATE).map_err(failed)?;
-                transaction.pragma_update(None, "user_version", schema::VERSION).map_err(failed)?;
-            }
-            schema::VERSION => {}
-            _ => {
-                return Err(QueueError::Version { path: path.to_owned(), found, known: schema::VERSION });
-            }
+        if !(0..=schema::VERSION).contains(&found) {
+            return Err(QueueError::Version { path: path.to_owned(), found, known: schema::VERSION });
         }
+        if found == 0 {
+            transaction.execute_batch(schema::CREATE).map_err(failed)?;
+        }
+        for step in schema::MIGRATIONS.iter().skip(found.max(1) as usize - 1) {
+            transaction.execute_batch(step).map_err(failed)?;
+        }
+        transaction.pragma_update(None, "user_version", schema::VERSION).map_err(failed)?;
         transaction.execute_batch(schema::CREATE_LATER).map_err(failed)?;
         transaction.commit().map_err(failed)?;
-        Ok(Self { connection, soft: None })
+        Ok(Self { connection, soft: None, dispatcher: None })
     }
 
     /// A number that changes whenever another connection wrote to the journal. Cheap: no disk is read.
@@ -124,8 +133,36 @@ impl Journal {
     }
 
     fn transaction(&mut self, what: &'static str) -> Result<Transaction<'_>, QueueError> {
-        self.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(sql(what))
+        begin(&mut self.connection, what)
     }
+
+    /// Moves a record and puts into the outbox what side services are to hear of it, in one transaction.
+    fn move_and_tell(
+        &mut self,
+        seq: i64,
+        change: &Change,
+        retry: bool,
+        what: &'static str,
+    ) -> Result<JobRecord, QueueError> {
+        let transaction = begin(&mut self.connection, what)?;
+        let after = move_to(&transaction, seq, change, retry)?;
+        if change.state == JobState::Moved {
+            outbox::withdraw(&transaction, &after.instance)?;
+        } else if let Some(dispatcher) = &self.dispatcher {
+            outbox::put(
+                &transaction,
+                &after.instance,
+                dispatcher(&after, outbox::Occasion::State),
+                outbox::ITEMS_MAX,
+            )?;
+        }
+        transaction.commit().map_err(sql(what))?;
+        Ok(after)
+    }
+}
+
+fn begin<'a>(connection: &'a mut Connection, what: &'static str) -> Result<Transaction<'a>, QueueError> {
+    connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(sql(what))
 }
 
 fn one<T>(found: Option<Parsed<T>>) -> Result<Option<T>, QueueError> {
@@ -253,7 +290,7 @@ impl JobStore for Journal {
         let run_dir = job.run_dir.to_string_lossy().into_owned();
         let user: Option<String> = transaction
             .query_row(
-                "SELECT task_id FROM jobs WHERE run_dir = ?1 AND state NOT IN ('completed', 'failed', 'cancelled')",
+                "SELECT task_id FROM jobs WHERE run_dir = ?1 AND state NOT IN ('completed', 'failed', 'cancelled', 'moved')",
                 [&run_dir],
                 |row| row.get(0),
             )
@@ -264,10 +301,21 @@ impl JobStore for Journal {
         }
         let spec = serde_json::to_string(&job.spec)
             .map_err(|source| QueueError::Decode { what: "job specification", source: Some(source) })?;
+        let wanted = Wanted { device: job.spec.args.device };
+        let wanted = serde_json::to_string(&wanted)
+            .map_err(|source| QueueError::Decode { what: "wanted device", source: Some(source) })?;
+        let shared = job.shared.as_ref();
+        let entry = shared
+            .map(|shared| serde_json::to_string(&shared.entry))
+            .transpose()
+            .map_err(|source| QueueError::Decode { what: "queue entry", source: Some(source) })?;
+        let instance =
+            shared.map_or_else(|| uuid::Uuid::new_v4().to_string(), |shared| shared.instance.clone());
         transaction
             .execute(
-                "INSERT INTO jobs (task_id, generation, source, content_sha256, spec, run_dir, state, reason, accepted) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7, ?8)",
+                "INSERT INTO jobs (task_id, generation, source, content_sha256, spec, run_dir, state, reason, accepted, \
+                 instance, entry, fence, attempts_before, priority, wanted) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
                 params![
                     job.spec.task_id.as_str(),
                     before.map_or(1, |record| record.generation + 1),
@@ -276,7 +324,13 @@ impl JobStore for Journal {
                     spec,
                     run_dir,
                     job.reason,
-                    now_unix_ms()
+                    now_unix_ms(),
+                    instance,
+                    entry,
+                    shared.map_or(0, |shared| shared.fence) as i64,
+                    shared.map_or(0, |shared| shared.attempts_before),
+                    job.spec.priority as i64,
+                    wanted,
                 ],
             )
             .map_err(sql("accept a job"))?;
@@ -323,9 +377,28 @@ impl JobStore for Journal {
 
     fn active(&self) -> Result<Vec<JobRecord>, QueueError> {
         let text = format!(
-            "SELECT {JOB_COLUMNS} FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled') ORDER BY seq LIMIT ?1"
+            "SELECT {JOB_COLUMNS} FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') ORDER BY seq LIMIT ?1"
         );
         many(&self.connection, &text, 1_000_000)
+    }
+
+    fn waiting(&self) -> Result<Vec<WaitingJob>, QueueError> {
+        let failed = sql("read the waiting jobs");
+        let text = "SELECT seq, task_id, priority, accepted, not_before, wanted, reason, entry IS NOT NULL FROM jobs \
+             WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') AND state IN ('queued', 'interrupted') \
+             ORDER BY seq";
+        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
+        let rows = statement.query_map([], rows::waiting).map_err(&failed)?;
+        rows.map(|row| row.map_err(&failed)?).collect()
+    }
+
+    fn record(&self, seq: i64) -> Result<JobRecord, QueueError> {
+        record(&self.connection, seq)
+    }
+
+    fn has_active(&self) -> Result<bool, QueueError> {
+        let text = "SELECT EXISTS (SELECT 1 FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved'))";
+        self.connection.query_row(text, [], |row| row.get(0)).map_err(sql("look for active jobs"))
     }
 
     fn recent(&self, limit: u32) -> Result<Vec<JobRecord>, QueueError> {
@@ -333,10 +406,7 @@ impl JobStore for Journal {
     }
 
     fn change(&mut self, seq: i64, change: Change) -> Result<JobRecord, QueueError> {
-        let transaction = self.transaction("change the state of a job")?;
-        let after = move_to(&transaction, seq, &change, false)?;
-        transaction.commit().map_err(sql("change the state of a job"))?;
-        Ok(after)
+        self.move_and_tell(seq, &change, false, "change the state of a job")
     }
 
     fn begin_attempt(&mut self, seq: i64, reason: &str) -> Result<JobRecord, QueueError> {
@@ -352,10 +422,7 @@ impl JobStore for Journal {
     ) -> Result<JobRecord, QueueError> {
         let mut change = Change::to(JobState::Queued, reason).with_class(class);
         change.not_before_unix_ms = not_before_unix_ms;
-        let transaction = self.transaction("note a retry")?;
-        let after = move_to(&transaction, seq, &change, true)?;
-        transaction.commit().map_err(sql("note a retry"))?;
-        Ok(after)
+        self.move_and_tell(seq, &change, true, "note a retry")
     }
 
     fn set_process(&mut self, seq: i64, process: Option<ProcessId>) -> Result<(), QueueError> {
@@ -414,8 +481,13 @@ impl JobStore for Journal {
     }
 
     fn add_event(&mut self, seq: i64, kind: &str, detail: &serde_json::Value) -> Result<(), QueueError> {
-        let transaction = self.transaction("store an event")?;
+        let transaction = begin(&mut self.connection, "store an event")?;
         insert_event(&transaction, seq, kind, detail)?;
+        if let Some(dispatcher) = &self.dispatcher {
+            let about = record(&transaction, seq)?;
+            let told = dispatcher(&about, outbox::Occasion::Event { kind, detail });
+            outbox::put(&transaction, &about.instance, told, outbox::ITEMS_MAX)?;
+        }
         transaction.commit().map_err(sql("store an event"))
     }
 

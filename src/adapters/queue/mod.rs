@@ -6,6 +6,7 @@
 mod contract;
 pub mod journal;
 pub mod lock;
+pub mod outbox;
 mod rows;
 mod schema;
 
@@ -13,7 +14,9 @@ use std::path::PathBuf;
 
 use crate::job::event::JobEvent;
 use crate::job::ids::TaskId;
-use crate::job::record::{Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId};
+use crate::job::record::{
+    Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId, WaitingJob,
+};
 use crate::job::slot::SlotBoard;
 use crate::job::state::{FailureClass, JobState};
 
@@ -59,6 +62,25 @@ pub trait JobStore {
     /// # Errors
     /// When the store cannot be read.
     fn active(&self) -> Result<Vec<JobRecord>, QueueError>;
+
+    /// What scheduling needs of every record that waits (queued or interrupted), in order of acceptance. Cheap: no
+    /// specification is read.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn waiting(&self) -> Result<Vec<WaitingJob>, QueueError>;
+
+    /// The record of this number.
+    ///
+    /// # Errors
+    /// [`QueueError::Unknown`] when there is none.
+    fn record(&self, seq: i64) -> Result<JobRecord, QueueError>;
+
+    /// True when any record is not terminal.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn has_active(&self) -> Result<bool, QueueError>;
 
     /// The newest `limit` records, newest first.
     ///

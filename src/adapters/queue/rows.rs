@@ -6,12 +6,14 @@ use rusqlite::Row;
 
 use super::QueueError;
 use crate::job::event::JobEvent;
-use crate::job::record::{IntakeEntry, JobRecord, ProcessId};
+use crate::job::record::{IntakeEntry, JobRecord, ProcessId, WaitingJob};
+use crate::job::spec::Priority;
 use crate::job::state::{FailureClass, JobState};
 
 /// Columns of a job, in the order that [`job`] reads them.
 pub(super) const JOB_COLUMNS: &str = "seq, task_id, generation, source, content_sha256, spec, run_dir, state, reason, \
-    class, attempts, retries, interruptions, not_before, accepted, started, finished, pid, pid_started, result, progress";
+    class, attempts, retries, interruptions, not_before, accepted, started, finished, pid, pid_started, result, progress, instance, entry, \
+    fence, attempts_before, notes";
 
 /// Columns of a verdict, in the order that [`intake`] reads them.
 pub(super) const INTAKE_COLUMNS: &str = "path, content_sha256, modified, accepted, task_id, verdict, at";
@@ -40,6 +42,9 @@ pub(super) fn job(row: &Row<'_>) -> rusqlite::Result<Parsed<JobRecord>> {
     let retries: String = row.get(11)?;
     let (pid, started_ticks): (Option<i64>, Option<i64>) = (row.get(17)?, row.get(18)?);
     let (result, progress): (Option<String>, Option<String>) = (row.get(19)?, row.get(20)?);
+    let (instance, entry, notes): (String, Option<String>, String) =
+        (row.get(21)?, row.get(22)?, row.get(25)?);
+    let (fence, attempts_before): (i64, u32) = (row.get(23)?, row.get(24)?);
     let plain = (row.get(0)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(8)?, row.get(10)?);
     let times = (row.get(13)?, row.get(14)?, row.get(15)?, row.get(16)?);
     let interruptions = row.get(12)?;
@@ -74,6 +79,34 @@ pub(super) fn job(row: &Row<'_>) -> rusqlite::Result<Parsed<JobRecord>> {
             },
             result: optional_json(result, "result")?,
             progress: optional_json(progress, "progress")?,
+            instance,
+            entry: entry.map(|text| json(&text, "queue entry")).transpose()?,
+            fence: fence as u64,
+            attempts_before,
+            notes: json(&notes, "notes")?,
+        })
+    };
+    Ok(parse())
+}
+
+pub(super) fn waiting(row: &Row<'_>) -> rusqlite::Result<Parsed<WaitingJob>> {
+    let (seq, task_id, priority): (i64, String, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+    let (accepted_unix_ms, not_before_unix_ms) = (row.get(3)?, row.get(4)?);
+    let (wanted, reason, is_shared): (String, String, bool) = (row.get(5)?, row.get(6)?, row.get(7)?);
+    let parse = || -> Parsed<WaitingJob> {
+        Ok(WaitingJob {
+            seq,
+            task_id: missing(task_id.parse().ok(), "task id")?,
+            priority: match priority {
+                ..=0 => Priority::Low,
+                1 => Priority::Medium,
+                _ => Priority::High,
+            },
+            accepted_unix_ms,
+            not_before_unix_ms,
+            wanted: json(&wanted, "wanted device")?,
+            reason,
+            is_shared,
         })
     };
     Ok(parse())

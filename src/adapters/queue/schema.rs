@@ -1,9 +1,12 @@
 //! The tables of the journal.
 
 /// Version written to `user_version`; raised with every change of the tables.
-pub(super) const VERSION: i64 = 1;
+pub(super) const VERSION: i64 = 2;
 
-/// Makes the tables of an empty journal. The indexes and the trigger hold what the code promises even if it errs: one
+/// What brings a journal from version `index + 1` to the next.
+pub(super) const MIGRATIONS: [&str; 1] = [TO_2];
+
+/// Makes the tables of an empty journal, version 1. The indexes and the trigger hold what the code promises even if it errs: one
 /// active record for a task id and for a run folder, and terminal states that never change.
 pub(super) const CREATE: &str = "
 CREATE TABLE jobs (
@@ -70,5 +73,54 @@ pub(super) const CREATE_LATER: &str = "
 CREATE TABLE IF NOT EXISTS board (
     id      INTEGER PRIMARY KEY CHECK (id = 1),
     slots   TEXT NOT NULL
+);
+";
+
+/// Version 2: jobs that machines share, the state `moved`, what scheduling needs without reading a specification, and
+/// the outbox. `instance` of older jobs is their number, which is all that this machine ever said of them.
+const TO_2: &str = "
+ALTER TABLE jobs ADD COLUMN instance TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN entry TEXT;
+ALTER TABLE jobs ADD COLUMN fence INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN attempts_before INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN notes TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE jobs ADD COLUMN wanted TEXT NOT NULL DEFAULT '{}';
+UPDATE jobs SET instance = 'job-' || seq, priority = CASE json_extract(spec, '$.priority')
+    WHEN 'low' THEN 0 WHEN 'high' THEN 2 ELSE 1 END,
+    wanted = json_object('device', json_extract(spec, '$.args.device'));
+DROP INDEX one_active_record;
+DROP INDEX one_active_folder;
+DROP TRIGGER terminal_states_are_final;
+CREATE UNIQUE INDEX one_active_record ON jobs (task_id)
+    WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
+CREATE UNIQUE INDEX one_active_folder ON jobs (run_dir)
+    WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
+CREATE INDEX active_jobs ON jobs (seq) WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
+CREATE TRIGGER terminal_states_are_final BEFORE UPDATE OF state ON jobs
+    WHEN OLD.state IN ('completed', 'failed', 'cancelled', 'moved')
+    BEGIN SELECT RAISE(ABORT, 'a terminal state is final'); END;
+CREATE TABLE outbox (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    sink         TEXT NOT NULL,
+    lane         TEXT NOT NULL,
+    key          TEXT NOT NULL,
+    droppable    INTEGER NOT NULL,
+    instance     TEXT NOT NULL,
+    body         TEXT NOT NULL,
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    not_before   INTEGER NOT NULL DEFAULT 0,
+    at           INTEGER NOT NULL,
+    error        TEXT,
+    UNIQUE (sink, key)
+);
+CREATE INDEX outbox_order ON outbox (sink, lane, id);
+CREATE TABLE services (
+    name        TEXT PRIMARY KEY,
+    state       TEXT NOT NULL
+);
+CREATE TABLE flags (
+    name        TEXT PRIMARY KEY,
+    value       TEXT NOT NULL
 );
 ";

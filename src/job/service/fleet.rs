@@ -452,7 +452,7 @@ mod tests {
         let file = folder.path().join("word");
         std::fs::write(&file, "s3cret\n").expect("writable");
         let name = file.to_string_lossy().into_owned();
-        let config = load("", |variable| match variable {
+        let config = load("strict: no\n", |variable| match variable {
             "REDIS_HOST" => Some("r".to_owned()),
             "REDIS_PORT" => Some("1".to_owned()),
             "REDIS_PASSWORD_FILE" => Some(name.clone()),

@@ -1,0 +1,182 @@
+//! Order, outages, lanes, panics and the end of a courier, with a sink that does what the test says.
+
+use std::collections::{HashMap, VecDeque};
+
+use async_trait::async_trait;
+
+use super::*;
+use crate::adapters::queue::journal::Journal;
+use crate::job::delivery::{MetricPoint, NewDelivery, RunMetricsBody, RunRef, SinkName};
+
+/// What the sink does with the next tries of a key; without an order it accepts.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    Outage,
+    Later,
+    Refuse,
+    Panic,
+}
+
+#[derive(Default)]
+struct Scripted {
+    made: Mutex<Vec<String>>,
+    orders: Mutex<HashMap<String, VecDeque<Order>>>,
+    tries: AtomicI64,
+}
+
+#[async_trait]
+impl Sink for Scripted {
+    fn name(&self) -> SinkName {
+        SinkName::Mlflow
+    }
+
+    async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
+        self.tries.fetch_add(1, Ordering::SeqCst);
+        let order = self.orders.lock().expect("sound").get_mut(&delivery.key).and_then(VecDeque::pop_front);
+        let what = "as ordered".to_owned();
+        match order {
+            Some(Order::Outage) => return Err(DeliveryError::Outage { what, source: None }),
+            Some(Order::Later) => return Err(DeliveryError::Later { what, source: None }),
+            Some(Order::Refuse) => return Err(DeliveryError::Refused { what, source: None }),
+            Some(Order::Panic) => panic!("as ordered"),
+            None => {}
+        }
+        self.made.lock().expect("sound").push(delivery.key.clone());
+        Ok(Receipt::default())
+    }
+}
+
+fn delivery(lane: &str, key: &str, hold_ms: u64) -> NewDelivery {
+    let run = RunRef {
+        task_id: "t".parse().expect("valid"),
+        instance: lane.into(),
+        study_name: "s".into(),
+        version: None,
+        trial_number: 1,
+        kind: "yolo".into(),
+        run_dir: "/r".into(),
+        fence: 0,
+        machine_id: "m".into(),
+    };
+    let point = MetricPoint { key: "k".into(), value: 1.0, at_unix_ms: 1, step: 1 };
+    NewDelivery {
+        sink: SinkName::Mlflow,
+        lane: lane.into(),
+        key: key.into(),
+        may_be_dropped: true,
+        hold_ms,
+        body: DeliveryBody::RunMetrics(RunMetricsBody { run, points: vec![point] }),
+    }
+}
+
+struct Scene {
+    keeper: Keeper,
+    sink: Arc<Scripted>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Scene {
+    fn new(deliveries: Vec<NewDelivery>, orders: &[(&str, &[Order])]) -> Self {
+        let journal = Journal::in_memory().expect("opens");
+        for delivery in deliveries {
+            journal.put_samples(&delivery.lane.clone(), vec![delivery]).expect("stored");
+        }
+        let sink = Arc::new(Scripted::default());
+        for (key, list) in orders {
+            sink.orders.lock().expect("sound").insert((*key).to_owned(), list.iter().copied().collect());
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        Self { keeper: Keeper::start(journal).expect("starts"), sink, runtime }
+    }
+
+    fn start(&self) -> Courier {
+        let config = OutboxConfig { items_max: 1000, delay_ms: 5, delay_ms_max: 20 };
+        Courier::start(self.sink.clone(), self.keeper.clone(), config).expect("starts")
+    }
+
+    fn left(&self) -> u64 {
+        let depths = self.runtime.block_on(self.keeper.with(|journal| journal.depths())).expect("reads");
+        depths.first().map_or(0, |depth| depth.count)
+    }
+
+    fn wait_empty(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.left() > 0 {
+            assert!(Instant::now() < deadline, "{} are left", self.left());
+            std::thread::yield_now();
+        }
+    }
+
+    fn made(&self) -> Vec<String> {
+        self.sink.made.lock().expect("sound").clone()
+    }
+}
+
+fn end(courier: &Courier) {
+    courier.finish(Duration::from_secs(10));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !courier.is_finished() {
+        assert!(Instant::now() < deadline, "the courier does not end");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_lane_waits_behind_its_failed_delivery_and_others_go_on() {
+    let scene = Scene::new(
+        vec![delivery("a", "a1", 0), delivery("a", "a2", 0), delivery("b", "b1", 0), delivery("c", "c1", 0)],
+        &[("a1", &[Order::Later, Order::Panic, Order::Later]), ("c1", &[Order::Refuse])],
+    );
+    let courier = scene.start();
+    scene.wait_empty();
+    assert_eq!(scene.made(), ["b1", "a1", "a2"], "c1 is given up");
+    end(&courier);
+}
+
+#[test]
+fn an_outage_holds_everything_and_loses_nothing() {
+    let scene = Scene::new(
+        vec![delivery("a", "a1", 0), delivery("b", "b1", 0)],
+        &[("a1", &[Order::Outage, Order::Outage, Order::Outage])],
+    );
+    let courier = scene.start();
+    scene.wait_empty();
+    assert_eq!(scene.made(), ["a1", "b1"]);
+    let services = scene.runtime.block_on(scene.keeper.with(|journal| journal.services())).expect("reads");
+    assert_eq!((services[0].0.as_str(), services[0].1["state"].as_str()), ("mlflow", Some("up")));
+    end(&courier);
+}
+
+#[test]
+fn at_the_end_held_deliveries_are_made_and_an_outage_is_not_waited_for() {
+    let scene = Scene::new(vec![delivery("a", "held", 3_600_000)], &[]);
+    let courier = scene.start();
+    end(&courier);
+    assert_eq!((scene.made(), scene.left()), (vec!["held".to_owned()], 0));
+    let forever = [Order::Outage; 1000];
+    let scene = Scene::new(vec![delivery("a", "a1", 0)], &[("a1", &forever)]);
+    let courier = scene.start();
+    end(&courier);
+    assert_eq!((scene.made(), scene.left()), (Vec::new(), 1), "the next start delivers it");
+    assert!(scene.sink.tries.load(Ordering::SeqCst) < 100, "no hot loop");
+}
+
+#[test]
+fn the_same_key_replaces_what_waits_and_keeps_the_sooner_time() {
+    let journal = Journal::in_memory().expect("opens");
+    for (key, hold_ms) in [("x", 1000), ("y", 0), ("x", 90_000)] {
+        journal.put_samples("a", vec![delivery("a", key, hold_ms)]).expect("stored");
+    }
+    let now = now_unix_ms();
+    let sink = SinkName::Mlflow;
+    assert_eq!(journal.depths().expect("reads")[0].count, 2);
+    assert_eq!(journal.due(sink, now, 9).expect("reads")[0].key, "y", "x went to the end of its lane");
+    let y = journal.due(sink, now, 9).expect("reads")[0].id;
+    journal.delivered(&[y]).expect("removes");
+    assert!(journal.due(sink, now, 9).expect("reads").is_empty(), "x is held");
+    assert_eq!(
+        journal.due(sink, now + 2000, 9).expect("reads")[0].key,
+        "x",
+        "but not for longer than at first"
+    );
+}
