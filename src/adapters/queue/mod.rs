@@ -1,12 +1,14 @@
 //! The queue's port: what a store of jobs promises, and the error it answers with.
 //!
-//! The one implementation is [`journal::Journal`]. The contract suite in `contract.rs` runs over every form of it.
+//! The one implementation is [`journal::Journal`]; the contract suite in `contract.rs` runs over every form of it.
+//! [`redis`] is the queue that machines share.
 
 #[cfg(test)]
 mod contract;
 pub mod journal;
 pub mod lock;
 pub mod outbox;
+pub mod redis;
 mod rows;
 mod schema;
 
