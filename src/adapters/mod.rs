@@ -6,3 +6,4 @@ pub mod logs;
 pub mod process;
 pub mod queue;
 pub mod sink;
+pub mod store;

@@ -1,0 +1,164 @@
+//! The object store: where checkpoints, weights and run files outlive the machine.
+//!
+//! [`ObjectStore`] is the port. [`folder`] keeps objects as files (the default, needs nothing), [`minio`] speaks to a
+//! server of the S3 protocol. Above the port: [`archive`] decides what of a run is kept and writes the manifest,
+//! [`restore`] brings a run back to an empty machine, [`stage`] brings a dataset here.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::job::service::StoreConfig;
+
+pub mod error;
+pub mod folder;
+pub mod local;
+pub mod minio;
+pub mod names;
+
+pub use error::{Retry, StoreError, found};
+pub use local::{Content, LocalFile};
+pub use names::{BucketName, ObjectKey};
+
+/// What a store knows of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectHead {
+    /// Its size.
+    pub bytes: u64,
+    /// SHA-256 of its content in hexadecimal, when whoever stored it left it.
+    pub sha256: Option<String>,
+    /// The store's own mark of the content.
+    pub etag: Option<String>,
+}
+
+/// An object in a list.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ObjectEntry {
+    /// Its key.
+    pub key: ObjectKey,
+    /// Its size.
+    pub bytes: u64,
+    /// The store's own mark of the content; empty when it has none.
+    pub etag: String,
+}
+
+/// A store of objects. Every method may be called again after any failure. An object is there whole or not at all.
+#[async_trait]
+pub trait ObjectStore: Send + Sync {
+    /// Makes sure that the bucket is there, making it where that is allowed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn prepare(&self, bucket: &BucketName) -> Result<(), StoreError>;
+
+    /// Stores a file's content as it was when the file was opened, and verifies that it is stored.
+    ///
+    /// # Errors
+    /// [`StoreError::Changed`] when the file was changed in place meanwhile; others. Nothing is then stored.
+    async fn put_file(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        file: &LocalFile,
+    ) -> Result<ObjectHead, StoreError>;
+
+    /// Stores a small object.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn put_bytes(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes: Vec<u8>,
+    ) -> Result<ObjectHead, StoreError>;
+
+    /// What is known of an object.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`]; others.
+    async fn head(&self, bucket: &BucketName, key: &ObjectKey) -> Result<ObjectHead, StoreError>;
+
+    /// Brings an object to `path`, whole or not at all. The content must have the SHA-256 `expected` when that is
+    /// given, else the one that the store knows, if any.
+    ///
+    /// # Errors
+    /// [`StoreError::Integrity`] when it has not; others. `path` is then as it was.
+    async fn get_to_file(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        path: &Path,
+        expected: Option<&str>,
+    ) -> Result<ObjectHead, StoreError>;
+
+    /// The content of an object of at most `bytes_max`.
+    ///
+    /// # Errors
+    /// [`StoreError::TooLarge`]; others.
+    async fn get_bytes(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes_max: u64,
+    ) -> Result<Vec<u8>, StoreError>;
+
+    /// The objects whose keys begin with `prefix`, in the order of their keys. Keys that [`ObjectKey`] refuses are
+    /// left out.
+    ///
+    /// # Errors
+    /// [`StoreError::TooLarge`] when there are more than `items_max`; others.
+    async fn list(
+        &self,
+        bucket: &BucketName,
+        prefix: &str,
+        items_max: usize,
+    ) -> Result<Vec<ObjectEntry>, StoreError>;
+
+    /// Removes an object; it need not be there.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn delete(&self, bucket: &BucketName, key: &ObjectKey) -> Result<(), StoreError>;
+
+    /// Copies an object inside the store.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn copy(
+        &self,
+        from: (&BucketName, &ObjectKey),
+        to: (&BucketName, &ObjectKey),
+    ) -> Result<(), StoreError>;
+
+    /// Where an object lies, for people and other programs.
+    fn url(&self, bucket: &BucketName, key: &ObjectKey) -> String;
+}
+
+/// The store of a configuration, `None` when it names none. Nothing is asked over the network.
+///
+/// # Errors
+/// [`StoreError::Config`] for an address, a certificate or credentials that cannot be used.
+pub fn open(config: &StoreConfig) -> Result<Option<Arc<dyn ObjectStore>>, StoreError> {
+    if config.endpoint.is_some() {
+        return Ok(Some(Arc::new(minio::MinioStore::new(config)?)));
+    }
+    match &config.folder {
+        Some(folder) => Ok(Some(Arc::new(folder::FolderStore::new(folder)?))),
+        None => Ok(None),
+    }
+}
+
+/// Runs what blocks on the thread pool.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(StoreError::Unavailable { what: "finish the work".into(), source: Some(Box::new(error)) })
+    })
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
