@@ -6,3 +6,5 @@ pub mod logs;
 pub mod process;
 pub mod queue;
 pub mod sink;
+pub mod telemetry;
+pub mod tracking;
