@@ -7,3 +7,5 @@ pub mod process;
 pub mod queue;
 pub mod sink;
 pub mod store;
+pub mod telemetry;
+pub mod tracking;

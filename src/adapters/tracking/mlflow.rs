@@ -1,0 +1,280 @@
+//! MLflow over its REST API, version 2.0.
+//!
+//! An experiment is a study and a run is a submission of a job, known by the tag `boxwright.instance`. The server keeps all
+//! state: what is found there decides what is still to be sent, so every delivery can be made again, by
+//! this process, by a later one, or by another machine.
+
+mod artifacts;
+mod client;
+mod names;
+mod points;
+mod reconcile;
+mod registry;
+mod runs;
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::Value as Json;
+
+use self::client::Client;
+use self::reconcile::REASON;
+use self::registry::REGISTRY;
+use self::runs::{RunView, items};
+use super::TrackingError;
+use crate::adapters::sink::{DeliveryError, Receipt, Sink};
+use crate::job::delivery::{
+    Delivery, DeliveryBody, FilesBody, FilesMoment, RunEndBody, RunMetricsBody, RunStartBody, SinkName,
+};
+use crate::job::service::MlflowConfig;
+
+/// Runs whose identity on the server is remembered.
+const REMEMBERED_MAX: usize = 1024;
+/// Tag with the fence and the time of the newest start, `fence:milliseconds`.
+const STARTED: &str = "boxwright.started";
+/// Tag with the parameters that a later attempt has otherwise.
+const CHANGED: &str = "boxwright.changed_params";
+/// Tag with the names of what was too long.
+const CUT: &str = "boxwright.cut";
+
+/// An MLflow tracking server.
+pub struct MlflowSink {
+    client: Client,
+    is_sending_artifacts: bool,
+    is_registering: bool,
+    store_url: Option<String>,
+    /// Run of an instance.
+    runs: Mutex<HashMap<String, String>>,
+}
+
+impl MlflowSink {
+    /// Prepares a sink; nothing is asked of the server yet. Reads `ca_file`.
+    ///
+    /// # Errors
+    /// [`TrackingError::Config`] when there is no usable address or the certificates cannot be read.
+    pub fn new(config: &MlflowConfig) -> Result<Self, TrackingError> {
+        Ok(Self {
+            client: Client::new(config)?,
+            is_sending_artifacts: config.is_sending_artifacts,
+            is_registering: config.is_registering,
+            store_url: None,
+            runs: Mutex::new(HashMap::new()),
+        })
+    }
+
+    /// With another time limit for each request than 30 s.
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.client.set_deadline(deadline);
+        self
+    }
+
+    /// With the address of the bucket of runs (`http://HOST:9000/models`), for the runs whose files the server does not take.
+    pub fn with_store_url(mut self, url: impl Into<String>) -> Self {
+        self.store_url = Some(url.into());
+        self
+    }
+
+    fn remembered(&self, instance: &str) -> Option<String> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner).get(instance).cloned()
+    }
+
+    fn remember(&self, instance: &str, run_id: &str) {
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is forgotten is found again by a search.
+        if runs.len() >= REMEMBERED_MAX && !runs.contains_key(instance) {
+            runs.clear();
+        }
+        runs.insert(instance.to_owned(), run_id.to_owned());
+    }
+
+    fn forget(&self, instance: &str) {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner).remove(instance);
+    }
+
+    async fn start(&self, start: &RunStartBody) -> Result<RunView, TrackingError> {
+        let view = self.open(&start.run, start.at_unix_ms, true).await?;
+        if is_replay(&view, start) {
+            return Ok(view);
+        }
+        if view.status != "RUNNING" {
+            self.set_status(&view.id, "RUNNING", None).await?;
+        }
+        let mut notes = Notes::default();
+        let params = new_params(&view, &start.params, &mut notes);
+        self.log_params(&view.id, params).await?;
+        let mut tags: Vec<(String, String)> = Vec::new();
+        for (key, value) in &start.tags {
+            let Some(key) = names::name(key) else { continue };
+            tags.push((key.clone(), notes.cut(&key, value, names::TAG_CHARS_MAX)));
+        }
+        tags.extend(notes.tags());
+        // Last, since it says that the rest is there.
+        tags.push((STARTED.to_owned(), format!("{}:{}", start.run.fence, start.at_unix_ms)));
+        let tags = items(tags.iter().map(|(key, value)| (key.as_str(), value.as_str())));
+        self.log_tags(&view.id, tags).await?;
+        Ok(view)
+    }
+
+    async fn metrics(&self, metrics: &RunMetricsBody) -> Result<RunView, TrackingError> {
+        let began = metrics.points.iter().map(|point| point.at_unix_ms).min().unwrap_or(0);
+        let view = self.open(&metrics.run, began, false).await?;
+        self.log_points(&view, &metrics.points).await?;
+        Ok(view)
+    }
+
+    async fn end(&self, end: &RunEndBody) -> Result<RunView, TrackingError> {
+        let status = match end.status.as_str() {
+            "completed" => "FINISHED",
+            "failed" => "FAILED",
+            "cancelled" => "KILLED",
+            other => return Err(TrackingError::Delivery { what: format!("{other:?} is no end of a run") }),
+        };
+        let view = self.open(&end.run, end.at_unix_ms, false).await?;
+        self.log_points(&view, &points::at_end(&end.metrics, end.fitness, end.at_unix_ms)).await?;
+        let (reason, _) = names::cut(&end.reason, names::TAG_CHARS_MAX);
+        let mut tags = vec![(REASON, reason.as_str())];
+        if !end.fitness_name.is_empty() {
+            tags.push(("fitness_name", &end.fitness_name));
+        }
+        tags.extend(end.best_url.as_deref().map(|url| ("boxwright.best_url", url)));
+        tags.extend(end.val_fingerprint.as_deref().map(|print| ("val_fingerprint", print)));
+        self.log_tags(&view.id, items(tags)).await?;
+        self.set_status(&view.id, status, Some(end.at_unix_ms)).await?;
+        if self.is_registering && end.status == "completed" {
+            let said = self.register(&view, end).await?;
+            let (said, _) = names::cut(&said, names::TAG_CHARS_MAX);
+            self.log_tags(&view.id, items([(REGISTRY, said.as_str())])).await?;
+        }
+        Ok(view)
+    }
+
+    async fn files(&self, files: &FilesBody, at_unix_ms: i64) -> Result<Option<RunView>, TrackingError> {
+        if files.moment != FilesMoment::End || !self.is_sending_artifacts {
+            return Ok(None);
+        }
+        let view = self.open(&files.run, at_unix_ms, false).await?;
+        self.send_files(&view, &files.run).await?;
+        Ok(Some(view))
+    }
+}
+
+/// True when the run has had this start, or a later one, already.
+fn is_replay(view: &RunView, start: &RunStartBody) -> bool {
+    let seen = view.tags.get(STARTED).and_then(|text| text.split_once(':'));
+    let seen = seen.and_then(|(fence, at)| Some((fence.parse::<u64>().ok()?, at.parse::<i64>().ok()?)));
+    // A new owner's clock is not compared with the old one's.
+    seen.is_some_and(|(fence, at)| fence == start.run.fence && at >= start.at_unix_ms)
+}
+
+/// What is to be said about parameters and tags.
+#[derive(Default)]
+struct Notes {
+    cut: Vec<String>,
+    changed: Vec<String>,
+}
+
+impl Notes {
+    fn cut(&mut self, key: &str, value: &str, chars_max: usize) -> String {
+        let (text, is_cut) = names::cut(value, chars_max);
+        if is_cut {
+            self.cut.push(key.to_owned());
+        }
+        text
+    }
+
+    fn tags(self) -> Vec<(String, String)> {
+        let notes = [(CUT, self.cut.join(", ")), (CHANGED, self.changed.join("; "))];
+        let said = notes.into_iter().filter(|(_, text)| !text.is_empty());
+        said.map(|(key, text)| (key.to_owned(), names::cut(&text, names::TAG_CHARS_MAX).0)).collect()
+    }
+}
+
+/// The parameters that the run does not have. Those that it has otherwise stay: the server lets no parameter change.
+fn new_params(view: &RunView, params: &[(String, String)], notes: &mut Notes) -> Vec<Json> {
+    let mut new: Vec<(String, String)> = Vec::new();
+    for (key, value) in params {
+        let Some(key) = names::name(key) else { continue };
+        let value = notes.cut(&key, value, names::PARAM_CHARS_MAX);
+        match view.params.get(&key) {
+            Some(first) if *first != value => {
+                let (first, _) = names::cut(first, 100);
+                notes.changed.push(format!("{key}: {first} -> {}", names::cut(&value, 100).0));
+            }
+            Some(_) => {}
+            None if new.iter().any(|(other, _)| *other == key) => {}
+            None => new.push((key, value)),
+        }
+    }
+    items(new.iter().map(|(key, value)| (key.as_str(), value.as_str())))
+}
+
+#[async_trait]
+impl Sink for MlflowSink {
+    fn name(&self) -> SinkName {
+        SinkName::Mlflow
+    }
+
+    async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
+        let view = match &delivery.body {
+            DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
+            DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
+            DeliveryBody::RunEnd(end) => self.end(end).await.map(Some),
+            DeliveryBody::Files(files) => self.files(files, delivery.at_unix_ms).await,
+            DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
+                let what = "the tracking server takes runs, their samples and their files".to_owned();
+                Err(TrackingError::Delivery { what })
+            }
+        };
+        let view = view.map_err(|error| self.verdict(error, delivery))?;
+        let notes = view.map(|view| {
+            let url = self.page(&view);
+            vec![("mlflow_run_id", view.id), ("mlflow_run_url", url)]
+        });
+        Ok(Receipt { notes: notes.unwrap_or_default() })
+    }
+}
+
+impl MlflowSink {
+    /// What a failure means for the delivery.
+    fn verdict(&self, error: TrackingError, delivery: &Delivery) -> DeliveryError {
+        // Rather one lane than all, once it looks as if the server failed at this delivery only.
+        if let TrackingError::Failed { status: 500, .. } = &error
+            && delivery.attempts >= SUSPICIOUS_ATTEMPTS
+        {
+            return DeliveryError::Later { what: error.to_string(), source: None };
+        }
+        error.into()
+    }
+}
+
+/// Tries after which a delivery that the server fails at is suspected itself.
+const SUSPICIOUS_ATTEMPTS: u32 = 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parameter_keeps_its_first_value() {
+        let mut view = RunView::default();
+        view.params.insert("batch".into(), "16".into());
+        view.params.insert("imgsz".into(), "640".into());
+        let given = [("batch", "8"), ("imgsz", "640"), ("lr0", "0.01"), ("lr0", "0.02"), ("a(b)", "1")];
+        let given = given.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let mut notes = Notes::default();
+        let new = new_params(&view, &given, &mut notes);
+        assert_eq!(new, items([("lr0", "0.01"), ("ab", "1")]));
+        assert_eq!(notes.tags(), [(CHANGED.to_owned(), "batch: 16 -> 8".to_owned())]);
+    }
+
+    #[test]
+    fn long_values_are_cut_and_named() {
+        let long = [("x".to_owned(), "y".repeat(7000))];
+        let mut notes = Notes::default();
+        let new = new_params(&RunView::default(), &long, &mut notes);
+        assert_eq!(new[0]["value"].as_str().map(|text| text.chars().count()), Some(6000));
+        assert_eq!(notes.tags(), [(CUT.to_owned(), "x".to_owned())]);
+    }
+}

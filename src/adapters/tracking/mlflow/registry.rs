@@ -1,0 +1,202 @@
+//! The model registry: one registered model per study, one version per completed run, the alias `best` on the best.
+//!
+//! Scores are compared only when they are the same score on the same validation images; more is better. Whether the alias moves is
+//! read and written in two requests, so it is read again afterwards: of two machines that end runs in the same
+//! moment, the one with the better run writes last.
+
+use std::collections::HashMap;
+
+use serde_json::json;
+
+use super::MlflowSink;
+use super::names;
+use super::runs::{INSTANCE, RunView, items, pairs};
+use crate::adapters::tracking::TrackingError;
+use crate::job::delivery::{RunEndBody, RunRef};
+
+/// Tag of a run: what became of its entry in the registry.
+pub(super) const REGISTRY: &str = "boxwright.registry";
+/// The alias.
+const BEST: &str = "best";
+/// Looks at the alias before it is left as it is.
+const LOOKS_MAX: usize = 4;
+
+/// A version's score.
+#[derive(Debug, Clone, PartialEq)]
+struct Score {
+    fitness: f64,
+    name: String,
+    val_fingerprint: String,
+}
+
+impl Score {
+    fn read(tags: &HashMap<String, String>) -> Option<Self> {
+        let fitness = tags.get("fitness")?.parse().ok().filter(|value: &f64| value.is_finite())?;
+        let name = tags.get("fitness_name")?.clone();
+        Some(Self { fitness, name, val_fingerprint: tags.get("val_fingerprint")?.clone() })
+    }
+
+    /// True when both can be compared and this one is better.
+    fn is_better_than(&self, other: &Score) -> bool {
+        self.name == other.name
+            && self.val_fingerprint == other.val_fingerprint
+            && self.fitness > other.fitness
+    }
+}
+
+impl MlflowSink {
+    /// Enters a completed run and says what was done; a registry that refuses is no failure of the run.
+    pub(super) async fn register(&self, view: &RunView, end: &RunEndBody) -> Result<String, TrackingError> {
+        let Some(url) = &end.best_url else {
+            return Ok("not registered: its best weights are in no store".to_owned());
+        };
+        match self.enter(view, end, url).await {
+            Ok(said) => Ok(said),
+            Err(
+                error @ (TrackingError::Refused { .. }
+                | TrackingError::Missing { .. }
+                | TrackingError::Delivery { .. }),
+            ) => {
+                tracing::warn!(task_id = %end.run.task_id, %error, "the run is not entered in the model registry");
+                Ok(format!("not registered: {error}"))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn enter(&self, view: &RunView, end: &RunEndBody, url: &str) -> Result<String, TrackingError> {
+        let study = &end.run.study_name;
+        let made = self.client.post("registered-models/create", &json!({ "name": study })).await;
+        if let Err(error) = made
+            && !error.is_already_there()
+        {
+            return Err(error);
+        }
+        let (version, tags) = self.version(view, end, url).await?;
+        let stands = self.settle_best(study, &version, Score::read(&tags)).await?;
+        Ok(format!("version {version} of {study}{}", if stands { ", best" } else { "" }))
+    }
+
+    /// The version of this run and its tags, made when it is missing.
+    async fn version(
+        &self,
+        view: &RunView,
+        end: &RunEndBody,
+        url: &str,
+    ) -> Result<(String, HashMap<String, String>), TrackingError> {
+        let run = &end.run;
+        if let Some(found) = self.version_there(run).await? {
+            return Ok(found);
+        }
+        let mut tags = vec![
+            (INSTANCE, run.instance.clone()),
+            ("task_id", run.task_id.to_string()),
+            ("model_name", format!("{}_{}", run.study_name, run.task_id)),
+            ("model_type", run.kind.clone()),
+        ];
+        if let Some(fitness) = end.fitness.filter(|value| value.is_finite()) {
+            tags.push(("fitness", fitness.to_string()));
+            tags.push(("fitness_name", end.fitness_name.clone()));
+        }
+        tags.extend(end.val_fingerprint.clone().map(|print| ("val_fingerprint", print)));
+        let body = json!({
+            "name": run.study_name,
+            "source": url,
+            "run_id": view.id,
+            "tags": items(tags.iter().map(|(key, value)| (*key, value.as_str()))),
+        });
+        self.client.post("model-versions/create", &body).await?;
+        // Read back: had two machines made one each, both go on with the first.
+        self.version_there(run).await?.ok_or(TrackingError::Missing {
+            operation: "model-versions/search",
+            said: format!("the version just made for {}", run.task_id),
+        })
+    }
+
+    async fn version_there(
+        &self,
+        run: &RunRef,
+    ) -> Result<Option<(String, HashMap<String, String>)>, TrackingError> {
+        let (Some(study), Some(instance)) = (names::quoted(&run.study_name), names::quoted(&run.instance))
+        else {
+            let what = format!("{:?} or {:?} cannot be searched for", run.study_name, run.instance);
+            return Err(TrackingError::Delivery { what });
+        };
+        let filter = format!("name = {study} and tags.`{INSTANCE}` = {instance}");
+        let answer = self.client.get("model-versions/search", &[("filter", &filter)]).await?;
+        let versions = answer["model_versions"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let numbered = versions.iter().filter_map(|version| {
+            let number: u64 = version["version"].as_str()?.parse().ok()?;
+            Some((number, pairs(&version["tags"])))
+        });
+        Ok(numbered.min_by_key(|(number, _)| *number).map(|(number, tags)| (number.to_string(), tags)))
+    }
+
+    /// Moves the alias to `version` if it is due to it, and says whether it stands there.
+    async fn settle_best(
+        &self,
+        study: &str,
+        version: &str,
+        score: Option<Score>,
+    ) -> Result<bool, TrackingError> {
+        for _ in 0..LOOKS_MAX {
+            let is_due = match self.best_of(study).await? {
+                None => true,
+                Some(best) if best == version => return Ok(true),
+                Some(best) => match (&score, self.score_of(study, &best).await?) {
+                    (Some(own), Some(other)) => own.is_better_than(&other),
+                    // A best without a comparable score was set by a person, or is the first.
+                    _ => false,
+                },
+            };
+            if !is_due {
+                return Ok(false);
+            }
+            let body = json!({ "name": study, "alias": BEST, "version": version });
+            self.client.post("registered-models/alias", &body).await?;
+        }
+        Ok(self.best_of(study).await?.as_deref() == Some(version))
+    }
+
+    /// The version under the alias.
+    async fn best_of(&self, study: &str) -> Result<Option<String>, TrackingError> {
+        let answer = self.client.get("registered-models/get", &[("name", study)]).await?;
+        let aliases = answer["registered_model"]["aliases"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let best = aliases.iter().find(|alias| alias["alias"].as_str() == Some(BEST));
+        Ok(best.and_then(|alias| alias["version"].as_str()).map(str::to_owned))
+    }
+
+    async fn score_of(&self, study: &str, version: &str) -> Result<Option<Score>, TrackingError> {
+        let query = [("name", study), ("version", version)];
+        match self.client.get("model-versions/get", &query).await {
+            Ok(answer) => Ok(Score::read(&pairs(&answer["model_version"]["tags"]))),
+            Err(TrackingError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_compared_on_the_same_images_only() {
+        let score = |fitness, name: &str, print: &str| Score {
+            fitness,
+            name: name.to_owned(),
+            val_fingerprint: print.to_owned(),
+        };
+        assert!(score(0.5, "f", "v").is_better_than(&score(0.4, "f", "v")));
+        assert!(!score(0.4, "f", "v").is_better_than(&score(0.4, "f", "v")));
+        assert!(!score(0.5, "f", "w").is_better_than(&score(0.4, "f", "v")));
+        assert!(!score(0.5, "g", "v").is_better_than(&score(0.4, "f", "v")));
+        let tags = |fitness: &str| {
+            let all = [("fitness", fitness), ("fitness_name", "f"), ("val_fingerprint", "v")];
+            all.map(|(key, value)| (key.to_owned(), value.to_owned())).into()
+        };
+        assert_eq!(Score::read(&tags("0.25")), Some(score(0.25, "f", "v")));
+        assert_eq!(Score::read(&tags("NaN")), None);
+        assert_eq!(Score::read(&HashMap::new()), None);
+    }
+}
