@@ -57,7 +57,8 @@ impl Loader<'_> {
         if is_file {
             self.understand("model");
         } else {
-            let allowed = "a weights file (.safetensors or .pt) that exists, for a job with `train.mode: val`";
+            let allowed =
+                "a weights file (.safetensors or .pt) that exists, for a job with `train.mode: val`";
             self.faults.refuse(node, "model", allowed);
         }
     }

@@ -281,8 +281,7 @@ impl<'a> Loader<'a> {
         let (retries_max, retry_delay_ms) = self.default_block(reader.set("default"));
         let (log_level, log_format) = self.logging(reader.set("logging"));
         let requires_gpu = flag(self, &mut reader, "requires_gpu").unwrap_or(false);
-        let extras =
-            self.extras(reader.set("extras"), args.as_ref().map(|args| args.device), requires_gpu);
+        let extras = self.extras(reader.set("extras"), args.as_ref().map(|args| args.device), requires_gpu);
         self.bookkeeping(&mut reader);
         self.ignored_blocks(&mut reader);
         reader.finish(&mut self.faults);
@@ -360,7 +359,7 @@ impl<'a> Loader<'a> {
     }
 
     fn task_id(&mut self, reader: &mut MapReader<'_>) -> Option<TaskId> {
-        let Some(node) = reader.set("task_id") else { 
+        let Some(node) = reader.set("task_id") else {
             return Some(self.spare_id.clone().unwrap_or_else(TaskId::random));
         };
         let text = self.faults.text(node, "task_id")?;
