@@ -11,7 +11,7 @@ use crate::job::clock::human_ms;
 use crate::job::record::{Change, JobRecord};
 use crate::job::service::ServiceConfig;
 use crate::job::state::{FailureClass, JobState};
-use crate::train::child::{ChildResult, ExitCode};
+use crate::train::child::{ChildResult, ExitCode, JobMode};
 
 /// Longest reason kept with a job, bytes.
 const REASON_BYTES_MAX: usize = 4096;
@@ -207,7 +207,11 @@ pub fn settle(
             journal.change(seq, Change::to(JobState::Cancelled, format!("stopped on request; {reason}")))
         }
         Ending::Interrupted(reason) => {
-            let reason = format!("{reason}; continues from its last checkpoint");
+            let goes_on = match record.spec.mode {
+                JobMode::Train => "continues from its last checkpoint",
+                JobMode::Evaluate => "starts again",
+            };
+            let reason = format!("{reason}; {goes_on}");
             journal.change(seq, Change::to(JobState::Interrupted, reason))
         }
         Ending::Failed { reason, .. } if stopping => {

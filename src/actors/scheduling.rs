@@ -11,6 +11,7 @@ use crate::job::record::{Change, JobRecord, WaitingJob};
 use crate::job::service::ServiceConfig;
 use crate::job::state::{FailureClass, JobState};
 use crate::train::args::Device;
+use crate::train::child::JobMode;
 
 /// A job and the slot that it gets.
 #[derive(Debug, PartialEq)]
@@ -72,7 +73,7 @@ pub fn schedule(
             round.next_due_unix_ms = Some(due);
             continue;
         }
-        match places(record.wanted.device, &seats, looked) {
+        match places(record.wanted.device, record.wanted.requires_gpu, &seats, looked) {
             Places::Never(reason) => {
                 let change = Change::to(JobState::Failed, reason).with_class(FailureClass::Config);
                 round.refused.push(journal.change(record.seq, change)?);
@@ -85,10 +86,10 @@ pub fn schedule(
                     // for ours.
                     let before = journal.record(record.seq)?;
                     remove_old_result(&before);
-                    let resumed = if before.attempts_all() > 0 {
-                        "continues from its last checkpoint"
-                    } else {
-                        "starts"
+                    let resumed = match (before.attempts_all(), before.spec.mode) {
+                        (0, _) => "starts",
+                        (_, JobMode::Train) => "continues from its last checkpoint",
+                        (_, JobMode::Evaluate) => "starts again",
                     };
                     let place =
                         seats[seat].gpu.map_or(String::new(), |_| format!(" on {}", seats[seat].name));
@@ -139,8 +140,8 @@ enum Places {
 }
 
 /// Where a job may go that asks for this device. A job that asks for none takes a GPU; the CPU only where no GPU has a
-/// slot.
-fn places(device: Device, seats: &[Seat], looked: &Looked) -> Places {
+/// slot, and not even then when the job requires a GPU.
+fn places(device: Device, requires_gpu: bool, seats: &[Seat], looked: &Looked) -> Places {
     let with = |wanted: &dyn Fn(&Seat) -> bool| -> Vec<usize> {
         seats.iter().enumerate().filter(|(_, seat)| wanted(seat)).map(|(index, _)| index).collect()
     };
@@ -165,7 +166,7 @@ fn places(device: Device, seats: &[Seat], looked: &Looked) -> Places {
             match looked {
                 _ if !gpus.is_empty() => Places::These(gpus),
                 Looked::NotYet => Places::Later("waits for the first look for GPUs".to_owned()),
-                _ if !cpu.is_empty() => Places::These(cpu),
+                _ if !cpu.is_empty() && !requires_gpu => Places::These(cpu),
                 Looked::Failed(why) => Places::Later(format!("waits for a GPU: {why}")),
                 Looked::Found { obstacle, .. } => {
                     let why = obstacle.as_deref().unwrap_or("this service uses none of those that are here");

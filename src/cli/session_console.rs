@@ -69,6 +69,12 @@ impl Observer for Console {
             SessionEvent::Plan { .. } => self.line(&plan_line(event)),
             SessionEvent::EpochStarted { batch, batches, .. } => self.begin_epoch(*batch, *batches),
             SessionEvent::Step { epoch, .. } => self.step(event, &epoch.to_string()),
+            SessionEvent::Validating { batch, batches, images_per_second } => {
+                if self.last_plain.elapsed() >= PLAIN_INTERVAL {
+                    self.last_plain = Instant::now();
+                    self.line(&format!("batch {batch}/{batches} {images_per_second:.1} img/s"));
+                }
+            }
             SessionEvent::Validated { classes, metrics, images, boxes, speed_ms, .. } => {
                 if !classes.is_empty() {
                     self.line(&metrics_table(*images, *boxes, metrics, classes));

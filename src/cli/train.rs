@@ -8,11 +8,13 @@ use serde_json::json;
 use super::session_console::Console;
 use super::{CliError, EXIT_STOPPED, signals};
 use crate::job::spec::{JobSpec, SpecContext};
-use crate::train::args::{Device, Source, TrainArgs};
+use crate::train::args::{Device, ResolvedDevice, Source, TrainArgs};
+use crate::train::child::JobMode;
+use crate::train::device;
 use crate::train::error::{FailureClass, TrainError};
 use crate::train::event::OutcomeKind;
 use crate::train::run_folder::RunFolder;
-use crate::train::session::{Outcome, Session, SessionSpec};
+use crate::train::session::{Outcome, Session, SessionSpec, evaluate};
 use crate::yaml::{self, Faults, Node};
 
 /// Keys of a job that are not under `train`.
@@ -58,7 +60,11 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         threads: args.threads,
         ..SessionSpec::new(train_args, &run_dir, task_id)
     };
-    let outcome = Session::new(spec, &mut console).run().map_err(cli_error)?;
+    let outcome = match spec.args.job_mode() {
+        JobMode::Train => Session::new(spec, &mut console).run(),
+        JobMode::Evaluate => evaluate(&spec, &mut console),
+    };
+    let outcome = outcome.map_err(cli_error)?;
     report(&args, &run_dir, &outcome);
     Ok(match outcome.kind {
         OutcomeKind::Completed => ExitCode::SUCCESS,
@@ -95,7 +101,8 @@ fn report(args: &Args, run_dir: &Path, outcome: &Outcome) {
         println!("{line}");
         return;
     }
-    println!("{status} after {} epochs in {:.0} s", outcome.epochs, outcome.seconds);
+    let epochs = if outcome.epochs > 0 { format!(" after {} epochs", outcome.epochs) } else { String::new() };
+    println!("{status}{epochs} in {:.0} s", outcome.seconds);
     for (name, value) in &outcome.metrics {
         println!("{name:<22} {value}");
     }
@@ -169,7 +176,13 @@ fn fresh_args(args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
     for note in spec.ignored.iter().chain(&spec.overridden).filter(|note| !is_place(&note.key)) {
         eprintln!("note: {}: {}", note.key, note.reason);
     }
+    if spec.mode == JobMode::Evaluate && args.resume.is_some() {
+        return Err(CliError::usage("an evaluation leaves nothing to resume"));
+    }
     let mut train = spec.args;
+    if spec.requires_gpu && device::resolve(train.device).map_err(cli_error)? == ResolvedDevice::Cpu {
+        return Err(CliError::usage("`requires_gpu`: this machine has no GPU that can be used"));
+    }
     place(&mut train, context.base.as_ref(), &text, source)?;
     let (project, name) = (train.project.as_deref(), train.name.as_deref());
     let run_dir = match (&args.resume, &train.resume) {

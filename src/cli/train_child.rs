@@ -1,4 +1,4 @@
-//! `boxwright train-child`: one job for a supervisor, which hears events and says stop.
+//! `boxwright train-child`: one job, a training or an evaluation, for a supervisor, which hears events and says stop.
 //!
 //! Standard output: one session event per line of JSON. Standard input: the lines `stop` and `checkpoint`; its
 //! end means that the supervisor is gone. What the exit code means is in [`ExitCode`](crate::train::child::ExitCode).
@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{CliError, signals};
-use crate::train::child::{ChildResult, ChildSpec, ExitCode};
+use crate::train::child::{ChildResult, ChildSpec, ExitCode, JobMode};
 use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::{Command, Observer, OutcomeKind, SessionEvent, Stamped};
-use crate::train::session::{Outcome, Session, SessionSpec};
+use crate::train::session::{Outcome, Session, SessionSpec, evaluate};
 
 /// Longest line that is read from the supervisor.
 const LINE_BYTES_MAX: u64 = 4096;
@@ -119,7 +119,7 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
     Ok(code.into())
 }
 
-/// Trains on the device that the supervisor gave.
+/// Trains, or evaluates, on the device that the supervisor gave.
 fn train(spec: &ChildSpec, pipe: &mut Pipe) -> Result<Outcome, TrainError> {
     let mut args = spec.args.clone();
     if let Some(uuid) = &spec.gpu_uuid {
@@ -132,7 +132,10 @@ fn train(spec: &ChildSpec, pipe: &mut Pipe) -> Result<Outcome, TrainError> {
         gpu_share_max: spec.gpu_share_max,
         ..SessionSpec::new(args, &spec.run_dir, &spec.task_id)
     };
-    Session::new(session, pipe).run()
+    match spec.mode {
+        JobMode::Train => Session::new(session, pipe).run(),
+        JobMode::Evaluate => evaluate(&session, pipe),
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -178,7 +181,7 @@ fn conclude(
                 metrics: outcome.metrics,
                 best: outcome.best,
                 last: outcome.last,
-                epochs: Some(outcome.epochs),
+                epochs: (spec.mode == JobMode::Train).then_some(outcome.epochs),
                 ..blank
             };
             (code, Some(result))

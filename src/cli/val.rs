@@ -8,7 +8,7 @@ use serde_json::json;
 use super::session_console::{metrics_table, speed_line};
 use super::train::cli_error;
 use super::{CliError, EXIT_STOPPED, signals};
-use crate::train::args::Device;
+use crate::train::args::{Amp, Device};
 use crate::train::session::{ValidateFileArgs, validate_file};
 
 /// Validate a trained detector
@@ -80,12 +80,14 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
             conf: args.conf,
             iou: args.iou,
             max_det: args.max_det,
+            agnostic: false,
             rect: !args.square,
             plots: args.plots.clone(),
             json: args.save_json.clone(),
             workers: args.workers,
             threads: args.threads,
             device: args.device,
+            amp: Amp::On,
         },
         &mut signals::asked_to_end,
     )

@@ -1,4 +1,5 @@
-//! What a job is: its specification, the service it runs in, its slots, its states, its events, its record in the journal.
+//! What a job is: its specification, the messages that bring it, the service it runs in, its slots, its states, its
+//! events, its record in the journal.
 //!
 //! Nothing here touches a database, a process or an actor. Start reading at [`spec::JobSpec`] and [`state::JobState`].
 
@@ -6,6 +7,7 @@ pub mod clock;
 pub mod delivery;
 pub mod event;
 pub mod ids;
+pub mod message;
 pub mod record;
 pub mod secret;
 pub mod service;

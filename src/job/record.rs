@@ -79,6 +79,9 @@ impl JobRecord {
 pub struct Wanted {
     /// The device that it names.
     pub device: Device,
+    /// Any GPU, and nothing but a GPU.
+    #[serde(default)]
+    pub requires_gpu: bool,
 }
 
 /// What scheduling needs to know of a job that waits.

@@ -253,6 +253,22 @@ pub fn save(path: &Path, checkpoint: &CheckpointRef) -> Result<Saved, TrainError
     Ok(Saved { path: path.to_owned(), sha256: hex(&digest) })
 }
 
+/// The folder of the checkpoints that belong to a run folder, or to a file in it or in one of its folders
+/// (`weights/last.safetensors`).
+pub fn folder_of(path: &Path) -> Option<PathBuf> {
+    path.ancestors().take(3).map(|folder| folder.join("state")).find(|folder| folder.is_dir())
+}
+
+/// True when `train.resume` can go on from this path: it is a checkpoint, or one belongs to it. Nothing is verified.
+pub fn can_resume_from(path: &Path) -> bool {
+    let is_checkpoint = |path: &Path| path.extension().is_some_and(|ending| ending == "ckpt");
+    if is_checkpoint(path) {
+        return path.is_file();
+    }
+    let entries = folder_of(path).and_then(|folder| fs::read_dir(folder).ok());
+    path.exists() && entries.is_some_and(|mut e| e.any(|e| e.is_ok_and(|e| is_checkpoint(&e.path()))))
+}
+
 /// Reads and verifies a checkpoint.
 pub fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
     let read = |source| CheckpointError::Read { path: path.to_owned(), source };

@@ -1,6 +1,6 @@
 //! What a supervisor hands to the process that trains one job, and what that process says by its exit code.
 //!
-//! `boxwright train-child --spec FILE` reads a [`ChildSpec`] as JSON. It writes one session event per line to standard
+//! `boxwright train-child --spec FILE` reads a [`ChildSpec`] as JSON and trains, or evaluates. It writes one session event per line to standard
 //! output, reads the lines `stop` and `checkpoint` from standard input, writes a [`ChildResult`] to
 //! [`ChildSpec::result_path`] (temporary file, fsync, rename) before it leaves in a final state, and leaves with an
 //! [`ExitCode`]. End of file on standard input means that the supervisor is gone: the child checkpoints and leaves
@@ -12,6 +12,27 @@ use serde::{Deserialize, Serialize};
 
 use super::args::TrainArgs;
 
+/// What a job does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobMode {
+    /// It trains a network.
+    #[default]
+    Train,
+    /// It measures a weights file on a dataset (`train.mode: val`).
+    Evaluate,
+}
+
+impl JobMode {
+    /// What it does, for a sentence: `trains`, `evaluates`.
+    pub fn verb(self) -> &'static str {
+        match self {
+            Self::Train => "trains",
+            Self::Evaluate => "evaluates",
+        }
+    }
+}
+
 /// One job for one process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChildSpec {
@@ -19,11 +40,15 @@ pub struct ChildSpec {
     pub task_id: String,
     /// Number of this attempt, from 1.
     pub attempt: u32,
+    /// Whether it trains or evaluates.
+    #[serde(default)]
+    pub mode: JobMode,
     /// The run folder; it exists.
     pub run_dir: PathBuf,
     /// The training arguments; `project` and `name` do not count, `run_dir` does.
     pub args: TrainArgs,
-    /// Continue from the newest checkpoint in `run_dir` that verifies; start afresh when there is none.
+    /// Continue from the newest checkpoint in `run_dir` that verifies; start afresh when there is none. An evaluation
+    /// always starts afresh.
     pub resume: bool,
     /// Where the result goes, usually `result.json` in the run folder.
     pub result_path: PathBuf,

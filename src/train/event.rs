@@ -23,7 +23,8 @@ pub enum SessionEvent {
         /// The process.
         pid: u32,
     },
-    /// The plan of the training step is made; the first step follows.
+    /// The plan of the training step is made; the first step follows. In an evaluation the plan of its largest batch: no
+    /// training images, no epochs, no optimiser (`none`).
     Plan {
         /// Trainable numbers.
         parameters: usize,
@@ -45,7 +46,7 @@ pub enum SessionEvent {
         images: usize,
         /// Validation images.
         val_images: usize,
-        /// Batches per epoch.
+        /// Batches per epoch; those of the split in an evaluation.
         batches: usize,
         /// Epochs of the run.
         epochs: u32,
@@ -98,9 +99,18 @@ pub enum SessionEvent {
         /// Share of the epoch's time spent waiting for data, 0..1.
         data_wait_ratio: f64,
     },
-    /// The averaged model is validated.
+    /// A batch of an evaluation is done; at most one a second, and the last.
+    Validating {
+        /// The batch.
+        batch: usize,
+        /// Batches of the split.
+        batches: usize,
+        /// Images per second so far, waiting included.
+        images_per_second: f64,
+    },
+    /// The averaged model, or the weights file of an evaluation, is validated.
     Validated {
-        /// The epoch.
+        /// The epoch; 0 in an evaluation.
         epoch: u32,
         /// Images.
         images: usize,

@@ -265,12 +265,13 @@ impl Supervisor {
         busy.progress_saved = Instant::now();
         busy.progress.insert("updated_unix_ms".into(), now_unix_ms().into());
         let (seq, progress) = (busy.record.seq, Json::Object(busy.progress.clone()));
+        let does = busy.record.spec.mode.verb();
         let keeper = self.keeper.clone();
         let work = async move {
             keeper
                 .with(move |journal| {
                     let record = if runs {
-                        Some(journal.change(seq, Change::to(JobState::Running, format!("trains{place}")))?)
+                        Some(journal.change(seq, Change::to(JobState::Running, format!("{does}{place}")))?)
                     } else {
                         None
                     };

@@ -17,7 +17,7 @@ pub(in crate::actors) fn prepare_log(record: &JobRecord) {
 /// Keeps the last word of each kind that a status shows.
 pub(super) fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event: &Json) {
     let Some(fields) = event.as_object() else { return };
-    if matches!(kind, "step" | "epoch_started" | "memory" | "plan") {
+    if matches!(kind, "step" | "epoch_started" | "memory" | "plan" | "validating") {
         for (key, value) in fields.iter().filter(|(key, _)| *key != "event" && *key != "time_unix_ms") {
             progress.insert(key.clone(), value.clone());
         }

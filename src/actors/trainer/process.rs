@@ -105,6 +105,7 @@ fn prepare(
     let spec = ChildSpec {
         task_id: record.task_id.to_string(),
         attempt: record.attempts,
+        mode: record.spec.mode,
         run_dir: run_dir.clone(),
         args: TrainArgs { device, ..record.spec.args.clone() },
         resume: true,
@@ -357,7 +358,7 @@ impl Watch {
                 self.witness.failed =
                     event["message"].as_str().or(event["reason"].as_str()).map(str::to_owned);
             }
-            Some("step") => return self.forward_lossy(event),
+            Some("step" | "validating") => return self.forward_lossy(event),
             Some(_) => {}
             None => return,
         }

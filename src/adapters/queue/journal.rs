@@ -301,7 +301,7 @@ impl JobStore for Journal {
         }
         let spec = serde_json::to_string(&job.spec)
             .map_err(|source| QueueError::Decode { what: "job specification", source: Some(source) })?;
-        let wanted = Wanted { device: job.spec.args.device };
+        let wanted = Wanted { device: job.spec.args.device, requires_gpu: job.spec.requires_gpu };
         let wanted = serde_json::to_string(&wanted)
             .map_err(|source| QueueError::Decode { what: "wanted device", source: Some(source) })?;
         let shared = job.shared.as_ref();

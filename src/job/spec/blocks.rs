@@ -2,7 +2,7 @@
 
 use super::{Loader, Priority};
 use crate::job::ids::{NAME_ALLOWED, is_safe_name};
-use crate::train::args::Device;
+use crate::train::args::{Device, TrainArgs};
 use crate::yaml::{MapReader, Node};
 
 /// Top-level keys that are kept with the job and never acted on.
@@ -12,6 +12,7 @@ pub(super) const BOOKKEEPING: &[&str] = &[
     "documentation",
     "author",
     "user_id",
+    "user_code",
     "study_id",
     "request_by",
     "experiment_name",
@@ -20,9 +21,9 @@ pub(super) const BOOKKEEPING: &[&str] = &[
 
 /// Top-level keys without effect, and why.
 pub(super) const IGNORED: &[(&str, &str)] = &[
-    ("mlflow", "no tracking server in this build; metrics are in the run folder"),
-    ("minio", "no object store in this build; checkpoints are in the run folder"),
-    ("redis", "no Redis in this build; the journal carries the queue and the progress"),
+    ("mlflow", "the service's own configuration names the tracking server"),
+    ("minio", "the service's own configuration names the object store"),
+    ("redis", "the service's own configuration names the Redis server"),
     ("dvc", "datasets are read from disk"),
     ("hydra", "this is no Hydra program"),
     ("defaults", "a job is one file"),
@@ -167,8 +168,14 @@ impl Loader<'_> {
         (level, format)
     }
 
-    /// `extras`: another way to say where the job computes; `train.device` is the `device` given.
-    pub(super) fn extras(&mut self, node: Option<&Node>, device: Option<Device>) -> Extras {
+    /// `extras`: another way to say where the job computes; `train.device` is the `device` given. With `requires_gpu` a
+    /// GPU that has no number is any GPU.
+    pub(super) fn extras(
+        &mut self,
+        node: Option<&Node>,
+        device: Option<Device>,
+        requires_gpu: bool,
+    ) -> Extras {
         let mut extras = Extras::default();
         let Some(node) = node else { return extras };
         let Some(mut reader) = MapReader::new(node, "extras", &mut self.faults) else { return extras };
@@ -209,7 +216,7 @@ impl Loader<'_> {
             Some(_) => self.understand("extras.force_gpu"),
             None => {}
         }
-        if wants_gpu && is_free {
+        if wants_gpu && is_free && (id.is_some() || !requires_gpu) {
             extras.device = Some(Device::Cuda(id.map_or(0, |id| id as usize)));
         }
         if id.is_some() {
@@ -222,6 +229,17 @@ impl Loader<'_> {
             }
         }
         extras
+    }
+
+    /// Settles the device: what `extras` says, and never the CPU for a job that requires a GPU.
+    pub(super) fn device(&mut self, args: &mut TrainArgs, extras: Option<Device>, requires_gpu: bool) {
+        let asked = extras.unwrap_or(args.device);
+        args.device = asked;
+        if requires_gpu && asked == Device::Cpu {
+            let key = if extras.is_some() { "extras.force_cpu" } else { "train.device" };
+            self.override_(key, "`requires_gpu` wins");
+            args.device = Device::Default;
+        }
     }
 
     fn gpu_limit(&mut self, node: &Node) -> Option<f64> {

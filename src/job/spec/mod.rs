@@ -6,7 +6,9 @@
 //! mistake, but it cannot run here.
 
 mod blocks;
+mod evaluation;
 mod mask;
+mod overlay;
 #[cfg(test)]
 mod tests;
 
@@ -18,7 +20,9 @@ use super::ids::{NAME_ALLOWED, TaskId};
 use crate::train::args::{Source, TrainArgs};
 use crate::yaml::{self, Faults, MapReader, Node, Value, YamlError};
 
+pub use crate::train::child::JobMode;
 pub use mask::masked;
+pub use overlay::Overlay;
 
 /// Values of `fitness` that this build reports.
 pub const FITNESS_NAMES: &[&str] =
@@ -51,6 +55,9 @@ pub struct KeyNote {
 pub struct JobSpec {
     /// Identity; random when the file gives none.
     pub task_id: TaskId,
+    /// Whether it trains or evaluates.
+    #[serde(default)]
+    pub mode: JobMode,
     /// `yolo`.
     #[serde(rename = "type")]
     pub kind: String,
@@ -81,6 +88,9 @@ pub struct JobSpec {
     /// Share of a GPU's memory that the job may take, when the job sets it.
     #[serde(default)]
     pub gpu_share_max: Option<f64>,
+    /// It waits for a GPU, any of them, where it could otherwise go to the CPU.
+    #[serde(default)]
+    pub requires_gpu: bool,
     /// Bookkeeping of the submitter, kept with the job and shown, never acted on.
     pub bookkeeping: serde_json::Map<String, serde_json::Value>,
     /// Keys that were given and do what they say.
@@ -144,12 +154,28 @@ impl JobSpec {
     /// # Errors
     /// Everything that is wrong with it, with file, line and key; refusals are listed along when there are faults.
     pub fn load(text: &[u8], source: &str, context: &SpecContext) -> Result<LoadedSpec, SpecError> {
+        Self::load_over(text, source, context, &Overlay::default())
+    }
+
+    /// The same for a text that came with a message, whose values win over it.
+    ///
+    /// # Errors
+    /// As [`JobSpec::load`]; a value of the message that is wrong has no line.
+    pub fn load_over(
+        text: &[u8],
+        source: &str,
+        context: &SpecContext,
+        overlay: &Overlay,
+    ) -> Result<LoadedSpec, SpecError> {
         let file = yaml::parse(text, source)?;
-        let merged = match &context.base {
+        let mut merged = match &context.base {
             Some(base) => base.merged_with(&file),
             None => file,
         };
         let mut loader = Loader::new(source, context);
+        loader.lay_over(&mut merged, overlay);
+        loader.mode = evaluation::mode_of(&merged);
+        loader.spare_id = overlay.task_id.clone();
         let spec = loader.job(&merged);
         let Loader { mut faults, refused, .. } = loader;
         match spec {
@@ -176,6 +202,9 @@ impl JobSpec {
 /// Collects while a job is read.
 struct Loader<'a> {
     context: &'a SpecContext,
+    mode: JobMode,
+    /// The task id when nothing names one.
+    spare_id: Option<TaskId>,
     faults: Faults,
     refused: Faults,
     understood: Vec<String>,
@@ -188,6 +217,8 @@ impl<'a> Loader<'a> {
     fn new(source: &str, context: &'a SpecContext) -> Self {
         Self {
             context,
+            mode: JobMode::Train,
+            spare_id: None,
             faults: Faults::new(source),
             refused: Faults::new(source),
             understood: Vec::new(),
@@ -249,7 +280,8 @@ impl<'a> Loader<'a> {
         let strict = flag(self, &mut reader, "strict").unwrap_or(false) || self.context.strict;
         let (retries_max, retry_delay_ms) = self.default_block(reader.set("default"));
         let (log_level, log_format) = self.logging(reader.set("logging"));
-        let extras = self.extras(reader.set("extras"), args.as_ref().map(|args| args.device));
+        let requires_gpu = flag(self, &mut reader, "requires_gpu").unwrap_or(false);
+        let extras = self.extras(reader.set("extras"), args.as_ref().map(|args| args.device), requires_gpu);
         self.bookkeeping(&mut reader);
         self.ignored_blocks(&mut reader);
         reader.finish(&mut self.faults);
@@ -259,12 +291,13 @@ impl<'a> Loader<'a> {
                 self.faults.add(0, &note.key, message);
             }
         }
-        if let (Some(args), Some(device)) = (&mut args, extras.device) {
-            args.device = device;
+        if let Some(args) = &mut args {
+            self.device(args, extras.device, requires_gpu);
         }
         let effective = masked(&root.to_json());
         Some(JobSpec {
             task_id: task_id?,
+            mode: self.mode,
             kind: kind?,
             args: args?,
             tempfile: tempfile?,
@@ -279,6 +312,7 @@ impl<'a> Loader<'a> {
             log_level,
             log_format,
             gpu_share_max: extras.gpu_share_max,
+            requires_gpu,
             bookkeeping: std::mem::take(&mut self.bookkeeping),
             understood: std::mem::take(&mut self.understood),
             ignored: std::mem::take(&mut self.ignored),
@@ -294,8 +328,13 @@ impl<'a> Loader<'a> {
         let given = self.context.working_dir.join(&model);
         let is_weights = lower.ends_with(".safetensors") || lower.ends_with(".pt");
         let is_file = is_weights && given.is_file();
+        if self.mode == JobMode::Evaluate {
+            self.evaluated_model(node, is_file);
+            return is_file.then(|| given.to_string_lossy().into_owned());
+        }
         match TrainArgs::model_refusal(&model) {
-            Some(reason) => {
+            // A weights file that is there says itself what it is for, whatever its name.
+            Some(reason) if !is_file => {
                 self.refuse(node.line, "model", format!("got {model:?}; not supported: {reason}"))
             }
             None if lower.ends_with(".pt") && !is_file => {
@@ -303,7 +342,7 @@ impl<'a> Loader<'a> {
                     "there is no such file: its name chooses the network, which starts from random weights";
                 self.override_("model", note);
             }
-            None => {}
+            _ => {}
         }
         self.understand("model");
         Some(if is_file { given.to_string_lossy().into_owned() } else { model })
@@ -320,7 +359,9 @@ impl<'a> Loader<'a> {
     }
 
     fn task_id(&mut self, reader: &mut MapReader<'_>) -> Option<TaskId> {
-        let Some(node) = reader.set("task_id") else { return Some(TaskId::random()) };
+        let Some(node) = reader.set("task_id") else {
+            return Some(self.spare_id.clone().unwrap_or_else(TaskId::random));
+        };
         let text = self.faults.text(node, "task_id")?;
         match TaskId::try_from(text) {
             Ok(id) => {
@@ -356,6 +397,9 @@ impl<'a> Loader<'a> {
                     self.override_(key, "the service gives every job its own run folder");
                 }
                 "train.model" => self.override_(key, "the job's `model` counts"),
+                given if !evaluation::acts(self.mode, given) => {
+                    self.ignore(key, "it acts on training; this job evaluates");
+                }
                 _ => self.understand(key),
             }
         }
@@ -363,6 +407,9 @@ impl<'a> Loader<'a> {
             self.faults.add(node.line, "train.data", "missing; it gives the dataset");
         }
         let mut args = args?;
+        if self.mode == JobMode::Evaluate {
+            evaluation::settle(&mut args, node);
+        }
         args.model = model.unwrap_or_default().to_owned();
         (args.project, args.name, args.exist_ok) = (None, None, false);
         self.map_data(&mut args);

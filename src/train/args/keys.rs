@@ -102,7 +102,7 @@ const fn key(
 #[rustfmt::skip]
 pub const KEYS: &[KeyInfo] = &[
     key("task", "detect", Form::Choice(TASKS), YES, "what is learnt; this build trains detect"),
-    key("mode", "train", Form::Choice(MODES), YES, "what is done; a job is always train"),
+    key("mode", "train", Form::Choice(MODES), YES, "train, or val: measure the weights file `model` on `data` and train nothing"),
     key("model", "", Form::Text, YES, "name of a model table (yolov8n) or a .safetensors file"),
     key("data", "", Form::Text, YES, "dataset YAML or folder"),
     key("epochs", "100", Form::Int(1, 1_000_000), YES, "number of epochs"),

@@ -13,6 +13,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
+use super::child::JobMode;
 use crate::yaml::{Fault, Faults, MapReader, Node};
 
 pub use device::{Amp, Device, ResolvedDevice};
@@ -40,7 +41,7 @@ pub struct TrainArgs {
     pub batch: Batch,
     #[serde(default)]
     pub batch_policy: BatchPolicy,
-    /// Pixels.
+    /// Pixels. 0, in an evaluation only: the size that the weights were trained at.
     pub imgsz: u32,
     pub save: bool,
     pub save_period: i32,
@@ -165,6 +166,11 @@ impl TrainArgs {
         (Self::from_map(map).ok(), report)
     }
 
+    /// What `mode` asks for.
+    pub fn job_mode(&self) -> JobMode {
+        if self.mode == "val" { JobMode::Evaluate } else { JobMode::Train }
+    }
+
     /// The refusal of a model name that this build has no table for; `None` when it can be built.
     ///
     /// A name is taken from the file name without folder and ending (`weights/yolov8n.pt` is `yolov8n`); a
@@ -268,8 +274,8 @@ fn refused_value(name: &str, value: &Json) -> Option<String> {
         ("task", Json::String(task)) if task != "detect" => {
             Some("this build trains the task detect".to_owned())
         }
-        ("mode", Json::String(mode)) if mode != "train" => {
-            Some("a job trains; the other modes have their own commands".to_owned())
+        ("mode", Json::String(mode)) if mode != "train" && mode != "val" => {
+            Some("a job does train or val; the other modes have their own commands".to_owned())
         }
         ("nms", Json::Bool(false)) => Some("YOLOv8 has no head that needs no suppression".to_owned()),
         _ => None,

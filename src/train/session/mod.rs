@@ -3,6 +3,7 @@
 
 mod choices;
 mod epoch;
+mod evaluate;
 mod feed;
 mod feeding;
 mod finish;
@@ -32,6 +33,7 @@ use crate::data::{Dataset, Split, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
+pub use evaluate::evaluate;
 pub use initial::{Branch, freeze, head_branch, initialise};
 pub use network::{Compute, Found, Network, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
@@ -114,24 +116,24 @@ impl<'a> Session<'a> {
     /// [`TrainError`]; what was learnt until then is in the checkpoints.
     pub fn run(self) -> Result<Outcome, TrainError> {
         let Session { spec, observer } = self;
-        let folder = match RunFolder::open(&spec.run_dir) {
-            Ok(folder) => folder,
-            Err(error) => {
-                observer.event(&failed(&error));
-                return Err(error);
-            }
-        };
-        let mut reporter = reporter::Reporter::new(observer, folder);
-        let outcome = run(&spec, &mut reporter);
-        match &outcome {
-            Ok(outcome) => reporter.emit(finished(outcome)),
-            Err(error) => reporter.emit(failed(error)),
-        }
-        outcome
+        reported(&spec, observer, run)
     }
 }
 
-fn run(spec: &SessionSpec, reporter: &mut reporter::Reporter) -> Result<Outcome, TrainError> {
+/// Opens the run folder, says that the session exists, does `work`, and says how it ended.
+fn reported(
+    spec: &SessionSpec,
+    observer: &mut dyn Observer,
+    work: fn(&SessionSpec, &mut reporter::Reporter) -> Result<Outcome, TrainError>,
+) -> Result<Outcome, TrainError> {
+    let folder = match RunFolder::open(&spec.run_dir) {
+        Ok(folder) => folder,
+        Err(error) => {
+            observer.event(&failed(&error));
+            return Err(error);
+        }
+    };
+    let mut reporter = reporter::Reporter::new(observer, folder);
     reporter.emit(SessionEvent::Started {
         task_id: spec.task_id.clone(),
         run_dir: spec.run_dir.clone(),
@@ -139,6 +141,15 @@ fn run(spec: &SessionSpec, reporter: &mut reporter::Reporter) -> Result<Outcome,
         data: spec.args.data.clone(),
         pid: std::process::id(),
     });
+    let outcome = work(spec, &mut reporter);
+    match &outcome {
+        Ok(outcome) => reporter.emit(finished(outcome)),
+        Err(error) => reporter.emit(failed(error)),
+    }
+    outcome
+}
+
+fn run(spec: &SessionSpec, reporter: &mut reporter::Reporter) -> Result<Outcome, TrainError> {
     let mut run = prepare::prepare(spec, reporter)?;
     match run.train()? {
         Flow::Done => run.finish(),

@@ -269,9 +269,7 @@ fn find_checkpoint(
         let loaded = checkpoint::load(path).map_err(|e| fault(e.to_string()))?;
         return Ok(Some((path.to_owned(), loaded)));
     }
-    // A run folder, or a weights file inside one.
-    let folder = path.ancestors().map(|p| p.join("state")).take(3).find(|p| p.is_dir());
-    let folder = folder.ok_or_else(|| {
+    let folder = checkpoint::folder_of(path).ok_or_else(|| {
         fault(format!("{} is neither a checkpoint nor in a run folder with checkpoints", path.display()))
     })?;
     let found = Store::new(&folder, 2).newest()?;

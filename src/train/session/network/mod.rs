@@ -210,6 +210,15 @@ impl Network {
         }
     }
 
+    /// Bytes of activations and workspaces that a validation batch of this shape needs; it is made ready to run.
+    ///
+    /// # Errors
+    /// Memory refused, or a size that the network cannot take.
+    pub(in crate::train) fn plan_bytes(&mut self, n: usize, h: usize, w: usize) -> Result<usize, TrainError> {
+        self.prepare(n, h, w, Mode::Eval)?;
+        Ok(self.shaped(n, h, w, Mode::Eval).plan.bytes().total())
+    }
+
     /// The graph and plan of a shape that was prepared.
     pub(in crate::train) fn shaped(&self, n: usize, h: usize, w: usize, mode: Mode) -> &Shaped {
         self.plans.get(&(n, h, w, mode == Mode::Train)).expect("the shape was prepared")
