@@ -44,12 +44,16 @@ pub struct Courier {
 }
 
 impl Courier {
-    /// Starts the courier of a sink.
+    /// Starts the courier of a sink. `nudge` is poked when something was put into the outbox.
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn start(sink: Arc<dyn Sink>, keeper: Keeper, config: OutboxConfig) -> std::io::Result<Self> {
-        let nudge = Arc::new(Notify::new());
+    pub fn start(
+        sink: Arc<dyn Sink>,
+        keeper: Keeper,
+        config: OutboxConfig,
+        nudge: Arc<Notify>,
+    ) -> std::io::Result<Self> {
         let finish_by = Arc::new(AtomicI64::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let mut round = Round {
@@ -66,11 +70,6 @@ impl Courier {
         let name = format!("courier-{}", round.sink.name().as_str());
         let thread = std::thread::Builder::new().name(name).spawn(move || runtime.block_on(round.run()))?;
         Ok(Self { nudge, finish_by, thread: Mutex::new(Some(thread)) })
-    }
-
-    /// What to poke when something was put into the outbox.
-    pub fn nudge(&self) -> Arc<Notify> {
-        self.nudge.clone()
     }
 
     /// Asks it to deliver what it can within `limit` and to end. Held deliveries are made at once; at the first outage

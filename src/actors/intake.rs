@@ -6,13 +6,13 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::{now_unix_ms, rfc3339};
 use crate::job::record::{IntakeEntry, JobRecord, NewJob, SharedJob};
-use crate::job::spec::{JobSpec, LoadedSpec, SpecContext, SpecError};
+use crate::job::message::content_hash;
+use crate::job::spec::{JobSpec, LoadedSpec, Overlay, SpecContext, SpecError};
 use crate::job::state::JobState;
 
 /// Run folders tried before giving up: `train_x`, `train_x-2`, ...
@@ -33,6 +33,15 @@ pub struct Submission {
     pub again: bool,
     /// How other machines know it; `None` for a job of this machine alone.
     pub shared: Option<SharedJob>,
+    /// Values that came with a message and win over the text.
+    pub overlay: Overlay,
+}
+
+impl Submission {
+    /// Identity of its content: the text and what is laid over it.
+    pub fn content_sha256(&self) -> String {
+        content_hash(&self.bytes, &self.overlay.overrides)
+    }
 }
 
 /// What became of it.
@@ -48,11 +57,6 @@ pub enum Verdict {
     Rejected(String),
 }
 
-/// SHA-256 in hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Decides about a submission and writes the verdict into the journal.
 ///
 /// # Errors
@@ -62,7 +66,7 @@ pub fn decide(
     submission: &Submission,
     context: &SpecContext,
 ) -> Result<Verdict, QueueError> {
-    let hash = sha256(&submission.bytes);
+    let hash = submission.content_sha256();
     if submission.keep_verdict
         && let Some(known) = journal.intake(&submission.source, &hash)?
         // A refusal stands until the file is written again: its reason may have gone by then.
@@ -70,7 +74,8 @@ pub fn decide(
     {
         return Ok(Verdict::Known(known));
     }
-    let loaded = JobSpec::load(&submission.bytes, &submission.source, context).and_then(LoadedSpec::runnable);
+    let loaded = JobSpec::load_over(&submission.bytes, &submission.source, context, &submission.overlay)
+        .and_then(LoadedSpec::runnable);
     let spec = match loaded {
         Ok(spec) => spec,
         Err(error) => return reject(journal, submission, hash, explain(&error)),
@@ -85,7 +90,7 @@ pub fn decide(
     if let Some(reason) = duplicate(journal, submission, &spec, &hash)? {
         return reject(journal, submission, hash, reason);
     }
-    let Some(run_dir) = free_run_dir(&spec.run_dir()) else {
+    let Some(run_dir) = run_dir_of(journal, submission, &spec)? else {
         let reason = format!("{}: there are too many folders of this name", spec.run_dir().display());
         return reject(journal, submission, hash, reason);
     };
@@ -188,6 +193,20 @@ fn accepted_json(spec: &JobSpec, hash: &str, run_dir: Option<&Path>) -> String {
     format!("{verdict:#}\n")
 }
 
+/// The run folder: that of the same submission when it was here before and moved away, else one that is free.
+fn run_dir_of(
+    journal: &Journal,
+    submission: &Submission,
+    spec: &JobSpec,
+) -> Result<Option<PathBuf>, QueueError> {
+    if let Some(shared) = &submission.shared
+        && let Some(before) = journal.job(&spec.task_id)?.filter(|record| record.instance == shared.instance)
+    {
+        return Ok(Some(before.run_dir));
+    }
+    Ok(free_run_dir(&spec.run_dir()))
+}
+
 /// The run folder itself when it does not exist, or the first of `-2`, `-3`, ... that does not.
 fn free_run_dir(wanted: &Path) -> Option<PathBuf> {
     if !wanted.exists() {
@@ -241,6 +260,7 @@ mod tests {
             keep_verdict: true,
             again: false,
             shared: None,
+            overlay: Overlay::default(),
         }
     }
 

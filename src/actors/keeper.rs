@@ -39,6 +39,22 @@ impl Keeper {
         Ok(Self { sender })
     }
 
+    /// Runs `work` on the journal's thread some time; nobody waits for it, and it is dropped when too much waits. For
+    /// samples.
+    pub fn later<F>(&self, work: F)
+    where
+        F: FnOnce(&mut Journal) -> Result<(), QueueError> + Send + 'static,
+    {
+        let work: Work = Box::new(move |journal| {
+            if let Err(error) = work(journal) {
+                tracing::debug!("a sample cannot be kept: {error}");
+            }
+        });
+        if self.sender.try_send(work).is_err() {
+            tracing::debug!("a sample is dropped: too much waits for the journal");
+        }
+    }
+
     /// Runs `work` on the journal's thread and waits for its result.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Addr};
@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::folder_watcher::{FolderWatcher, IsQuiet};
 use super::keeper::Keeper;
 use super::recovery;
+use super::side_services::{Handles, SideServiceError, SideServices, Surroundings};
 use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor};
 use super::trainer::TrainerConfig;
 use crate::adapters::gpu::{GpuPort, NoGpus, ProbeProgram};
@@ -29,6 +30,8 @@ const REBUILD_WINDOW: Duration = Duration::from_secs(600);
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
 /// The same while the service waits for the queue to become empty.
 const ONCE_INTERVAL: Duration = Duration::from_millis(100);
+/// How long deliveries to side services may hold up the end of a service whose queue became empty.
+const ONCE_DELIVERY_LIMIT: Duration = Duration::from_secs(30);
 
 /// How a service ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +72,15 @@ pub enum ServiceError {
         #[source]
         source: std::io::Error,
     },
+    /// A side service is configured in a way that cannot work.
+    #[error("a side service cannot be used")]
+    SideService(#[from] SideServiceError),
+    /// The service must not go on.
+    #[error("{reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
     /// The actors failed again and again.
     #[error("the actors failed {REBUILDS_MAX} times within {} s; the journal has everything", REBUILD_WINDOW.as_secs())]
     Rebuilds,
@@ -83,6 +95,7 @@ pub fn inbox(state_dir: &Path) -> PathBuf {
 struct Tally {
     inner: Arc<dyn Observer>,
     counts: Mutex<Counts>,
+    side: RwLock<Option<Arc<SideServices>>>,
 }
 
 #[derive(Default)]
@@ -105,11 +118,22 @@ impl Observer for Tally {
                 Notice::Accepted(_) | Notice::Started(_) | Notice::Event { .. } => {}
             }
         }
+        if let Ok(side) = self.side.read()
+            && let Some(side) = side.as_ref()
+        {
+            side.notice(notice);
+        }
         self.inner.notice(notice);
     }
 }
 
 impl Tally {
+    fn set_side(&self, side: Option<Arc<SideServices>>) {
+        if let Ok(mut place) = self.side.write() {
+            *place = side;
+        }
+    }
+
     fn all_completed(&self) -> bool {
         self.counts.lock().is_ok_and(|counts| counts.not_completed.is_empty() && !counts.rejected)
     }
@@ -118,6 +142,7 @@ impl Tally {
 struct Actors {
     supervisor: Addr<Supervisor>,
     watcher: Addr<FolderWatcher>,
+    side: Arc<SideServices>,
 }
 
 /// A service that is being run.
@@ -128,6 +153,7 @@ pub struct Service {
     working_dir: PathBuf,
     state_dir: PathBuf,
     tally: Arc<Tally>,
+    handles: Handles,
     _lock: ProcessLock,
 }
 
@@ -165,13 +191,15 @@ impl Service {
             gpu_share_max: f64::from(config.max_gpu_percent) / 100.0,
             stall_timeout_ms: config.stall_timeout_ms,
         };
+        let handles = Handles::open(&config, &state_dir)?;
         Ok(Self {
+            handles,
             config: Arc::new(config),
             trainer_config: Arc::new(trainer_config),
             gpus,
             working_dir,
             state_dir,
-            tally: Arc::new(Tally { inner: observer, counts: Mutex::default() }),
+            tally: Arc::new(Tally { inner: observer, counts: Mutex::default(), side: RwLock::default() }),
             _lock: lock,
         })
     }
@@ -202,7 +230,12 @@ impl Service {
                 if !actors.supervisor.connected() || !actors.watcher.connected() {
                     break;
                 }
+                if let Some(reason) = actors.side.fatal() {
+                    self.shut_down(&actors, &mut terminate, &mut interrupt).await?;
+                    return Err(ServiceError::Refused { reason });
+                }
                 if once && is_empty(&actors, &keeper).await {
+                    actors.side.finish(ONCE_DELIVERY_LIMIT).await;
                     actors.supervisor.do_send(Shutdown);
                     return Ok(ServiceEnd::Empty { all_completed: self.tally.all_completed() });
                 }
@@ -213,6 +246,8 @@ impl Service {
             if rebuilds.len() > REBUILDS_MAX {
                 return Err(ServiceError::Rebuilds);
             }
+            self.tally.set_side(None);
+            actors.side.finish(HEALTH_INTERVAL).await;
             drop(actors);
             // The dropped actors' processes are killed by their drop; recovery makes sure of it.
             tokio::time::sleep(HEALTH_INTERVAL).await;
@@ -222,6 +257,7 @@ impl Service {
     /// Puts the journal in order and starts the actors over it.
     fn build(&self) -> Result<(Actors, Keeper), ServiceError> {
         let mut journal = Journal::open(&self.state_dir)?;
+        journal.set_dispatcher(self.handles.dispatcher(self.config.clone()));
         recovery::recover(&mut journal, &self.config, &self.state_dir)?;
         let keeper = Keeper::start(journal)
             .map_err(|source| ServiceError::System { what: "start the journal's thread", source })?;
@@ -234,9 +270,19 @@ impl Service {
             observer.clone(),
         )
         .start();
+        let context = Arc::new(self.config.spec_context(self.working_dir.clone()));
+        let around = Surroundings {
+            config: self.config.clone(),
+            context: context.clone(),
+            keeper: keeper.clone(),
+            supervisor: supervisor.clone(),
+            observer: observer.clone(),
+        };
+        let side = Arc::new(SideServices::start(&self.handles, &around)?);
+        self.tally.set_side(Some(side.clone()));
         let watcher = FolderWatcher::new(
             self.config.clone(),
-            Arc::new(self.config.spec_context(self.working_dir.clone())),
+            context,
             inbox(&self.state_dir),
             keeper.clone(),
             supervisor.clone(),
@@ -244,7 +290,7 @@ impl Service {
         )
         .start();
         supervisor.do_send(Introduce(watcher.clone()));
-        Ok((Actors { supervisor, watcher }, keeper))
+        Ok((Actors { supervisor, watcher, side }, keeper))
     }
 
     /// Lets the trainers save and leave; a second signal kills them.
@@ -255,8 +301,10 @@ impl Service {
         interrupt: &mut tokio::signal::unix::Signal,
     ) -> Result<ServiceEnd, ServiceError> {
         tracing::info!("shutting down: trainers save and leave; a second signal kills them");
+        actors.side.stop_taking();
         actors.supervisor.do_send(Shutdown);
-        let deadline = Instant::now() + Duration::from_millis(self.config.shutdown_limit_ms);
+        let limit = Duration::from_millis(self.config.shutdown_limit_ms);
+        let deadline = Instant::now() + limit;
         while actors.supervisor.connected() {
             if Instant::now() >= deadline {
                 tracing::error!("the shutdown took too long; the rest is recovered at the next start");
@@ -268,6 +316,9 @@ impl Service {
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
             }
         }
+        // The newest checkpoints may go out while there is time; what is left waits in the outbox.
+        let left = deadline.saturating_duration_since(Instant::now()).min(limit / 3);
+        actors.side.finish(left).await;
         Ok(ServiceEnd::Stopped)
     }
 }
@@ -277,5 +328,5 @@ async fn is_empty(actors: &Actors, keeper: &Keeper) -> bool {
     let quiet = actors.watcher.send(IsQuiet).await.unwrap_or(false);
     let is_done = keeper.with(|journal| Ok(!journal.has_active()?)).await.unwrap_or(false);
     // The journal knows of an end before the supervisor has told anybody.
-    quiet && is_done && actors.supervisor.send(IsIdle).await.unwrap_or(false)
+    quiet && is_done && actors.side.is_quiet() && actors.supervisor.send(IsIdle).await.unwrap_or(false)
 }

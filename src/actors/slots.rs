@@ -39,6 +39,17 @@ pub enum Health {
     Missing,
 }
 
+/// Whose a slot's GPU is, among machines (or containers) that see the same one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    /// This service's.
+    Ours,
+    /// It is not known yet.
+    Unheard,
+    /// That machine's.
+    Foreign(String),
+}
+
 /// A slot without its job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
@@ -46,6 +57,8 @@ pub struct Slot {
     pub device: SlotDevice,
     /// How it stands.
     pub health: Health,
+    /// Whose it is.
+    pub claim: Claim,
     /// Why, in a sentence; empty when there is nothing to say.
     reason: String,
     faults: u32,
@@ -66,7 +79,7 @@ impl Slot {
     }
 
     fn new(device: SlotDevice, health: Health) -> Self {
-        Self { device, health, reason: String::new(), faults: 0, back_off_ms: 0, failed_seq: None }
+        Self { device, health, claim: Claim::Ours, reason: String::new(), faults: 0, back_off_ms: 0, failed_seq: None }
     }
 
     /// `cpu 0`, `GPU 1`.
@@ -176,7 +189,11 @@ impl Slot {
     pub fn obstacle(&self) -> Option<String> {
         let colon = if self.reason.is_empty() { "" } else { ": " };
         match self.health {
-            Health::Ready => None,
+            Health::Ready => match &self.claim {
+                Claim::Ours => None,
+                Claim::Unheard => Some("waits to hear from Redis whose it is".to_owned()),
+                Claim::Foreign(machine) => Some(format!("belongs to the machine {machine}")),
+            },
             Health::Testing => Some("is being tested".to_owned()),
             Health::Quarantined(until) => {
                 Some(format!("is out of use until {}{colon}{}", rfc3339(until), self.reason))
@@ -202,6 +219,7 @@ impl Slot {
     pub fn record(&self, job: Option<&TaskId>) -> SlotRecord {
         let (state, until_unix_ms) = match self.health {
             _ if job.is_some() => (SlotState::Busy, None),
+            Health::Ready if self.claim != Claim::Ours => (SlotState::Standby, None),
             Health::Ready => (SlotState::Free, None),
             Health::Testing => (SlotState::Testing, None),
             Health::Quarantined(until) => (SlotState::Quarantined, Some(until)),
@@ -215,7 +233,10 @@ impl Slot {
             model: gpu.map(|gpu| gpu.name.clone()),
             state,
             task_id: job.cloned(),
-            reason: self.reason.clone(),
+            reason: match &self.claim {
+                Claim::Ours => self.reason.clone(),
+                Claim::Unheard | Claim::Foreign(_) => self.obstacle().unwrap_or_default(),
+            },
             faults: self.faults,
             back_off_ms: self.back_off_ms,
             until_unix_ms,

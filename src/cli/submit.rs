@@ -13,6 +13,7 @@ use crate::adapters::queue::journal::Journal;
 use crate::job::clock::unix_ms;
 use crate::job::ids::TaskId;
 use crate::job::service::ServiceConfig;
+use crate::job::spec::Overlay;
 use crate::job::state::JobState;
 
 /// Largest file read, and one byte more so that the refusal can be exact.
@@ -105,6 +106,7 @@ fn submit(
         keep_verdict: false,
         again,
         shared: None,
+        overlay: Overlay::default(),
     };
     let verdict = intake::decide(journal, &submission, &config.spec_context(working_dir))
         .map_err(|error| CliError::failed_from("the journal did not take the job", error))?;

@@ -45,6 +45,10 @@ pub enum SlotState {
     Quarantined,
     /// Its GPU is not there any more.
     Missing,
+    /// Its GPU belongs to another machine.
+    Standby,
+    /// It was told to take no job.
+    Drained,
 }
 
 impl std::fmt::Display for SlotState {
@@ -55,6 +59,8 @@ impl std::fmt::Display for SlotState {
             Self::Testing => "testing",
             Self::Quarantined => "quarantined",
             Self::Missing => "missing",
+            Self::Standby => "standby",
+            Self::Drained => "drained",
         })
     }
 }

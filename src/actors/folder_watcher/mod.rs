@@ -23,6 +23,7 @@ use super::stop_files::{self, StopVerdict};
 use super::supervisor::{Notice, Observer, StopJob, Supervisor, Wake};
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::service::ServiceConfig;
+use crate::job::spec::Overlay;
 use crate::job::spec::SpecContext;
 use listing::{Listing, Seen};
 use settled::{Settle, SettleTable};
@@ -350,6 +351,7 @@ fn read(path: &Path, seen: Seen) -> std::io::Result<Option<Submission>> {
         keep_verdict: true,
         again: false,
         shared: None,
+        overlay: Overlay::default(),
     }))
 }
 

@@ -11,7 +11,7 @@ use crate::adapters::gpu::{Found, Gpu, GpuError, Tested};
 use crate::adapters::process;
 use crate::adapters::queue::JobStore;
 use crate::job::clock::now_unix_ms;
-use crate::job::slot::{GpuChoice, SlotBoard, SlotRecord};
+use crate::job::slot::{GpuChoice, SlotBoard, SlotRecord, SlotState};
 use crate::job::state::FailureClass;
 
 /// Between two looks for GPUs.
@@ -162,6 +162,7 @@ impl Supervisor {
     /// Gives a GPU a slot.
     fn adopt(&mut self, gpu: &Gpu, ctx: &mut Context<Self>) {
         let mut slot = Slot::gpu(gpu.clone());
+        slot.claim = self.first_claim();
         let remembered =
             self.survey.remembered.iter().find(|record| record.uuid.as_deref() == Some(&gpu.uuid));
         if let Some(record) = remembered {
@@ -239,7 +240,12 @@ impl Supervisor {
 
     /// Lets the journal know how the slots stand, when that has changed. A display: losing it costs nothing.
     pub(super) fn publish(&mut self, ctx: &mut Context<Self>) {
-        let slots: Vec<SlotRecord> = self.bays.iter().map(|bay| bay.slot.record(bay.job())).collect();
+        let mut slots: Vec<SlotRecord> = self.bays.iter().map(|bay| bay.slot.record(bay.job())).collect();
+        for slot in slots.iter_mut().filter(|slot| slot.state == SlotState::Free) {
+            if self.is_drained(&slot.name) {
+                slot.state = SlotState::Drained;
+            }
+        }
         let Some(service) = process::identify(std::process::id()).filter(|_| slots != self.survey.published)
         else {
             return;

@@ -7,6 +7,7 @@
 //! for the journal, none blocks the thread); progress is written once a second at most; a journal that refuses is asked
 //! again every two seconds; GPUs are looked for once a minute and after a fault.
 
+mod fleet;
 mod gpus;
 mod messages;
 mod progress;
@@ -19,6 +20,7 @@ use serde_json::{Map, Value as Json};
 
 use progress::{log_event, merge_progress};
 
+pub use fleet::{DRAINED_FLAG, FleetHeard, HowDoYouStand, ShutFleet, Standing, Surrender, drained};
 pub use messages::{
     ChildEnded, ChildEvent, ChildStarted, Introduce, IsIdle, KillAll, Shutdown, StopJob, Wake,
 };
@@ -114,6 +116,7 @@ pub struct Supervisor {
     next_due_unix_ms: Option<i64>,
     /// What holds jobs back beside slots.
     gate: Gate,
+    fleet: fleet::FleetGate,
     shutting_down: bool,
 }
 
@@ -138,6 +141,7 @@ impl Supervisor {
             seen_version: None,
             next_due_unix_ms: None,
             gate: Gate::default(),
+            fleet: fleet::FleetGate::default(),
             shutting_down: false,
         }
     }
@@ -161,21 +165,24 @@ impl Supervisor {
             return;
         }
         let (keeper, config) = (self.keeper.clone(), self.config.clone());
-        let seats: Vec<Seat> = self.bays.iter().map(|bay| bay.slot.seat(bay.job())).collect();
+        let mut seats: Vec<Seat> = self.bays.iter().map(|bay| bay.slot.seat(bay.job())).collect();
         let looked = self.survey.looked.clone();
         let gate = self.gate.clone();
         let work = async move {
             keeper
                 .with(move |journal| {
                     let stops = take_requests(journal)?;
+                    let drained = fleet::drained(journal.flag(DRAINED_FLAG)?.as_deref());
+                    fleet::mark_drained(&mut seats, &drained);
                     let round = scheduling::schedule(journal, &config, seats, &looked, &gate, now_unix_ms())?;
-                    Ok((stops, round, journal.data_version()?))
+                    Ok((stops, round, drained, journal.data_version()?))
                 })
                 .await
         };
         ctx.wait(work.into_actor(self).map(|result, actor, ctx| match result {
-            Ok((stops, round, version)) => {
+            Ok((stops, round, drained, version)) => {
                 actor.seen_version = Some(version);
+                actor.set_drained(drained);
                 for record in stops {
                     actor.stopped(record, ctx);
                 }
@@ -306,6 +313,10 @@ impl Supervisor {
                     // The journal may know of a stop that this actor has not heard of yet.
                     let record =
                         journal.job(&record.task_id)?.filter(|now| now.seq == record.seq).unwrap_or(record);
+                    if record.state.is_terminal() {
+                        // It moved to another machine while its process was being ended.
+                        return Ok(record);
+                    }
                     endings::settle(journal, &record, ending, &config, now_unix_ms())
                 })
                 .await
@@ -398,6 +409,7 @@ impl Actor for Supervisor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.set_mailbox_capacity(MAILBOX);
+        self.wait_for_fleet();
         for number in 0..self.config.cpu_slots {
             self.add_bay(Slot::cpu(number), ctx);
         }
@@ -419,6 +431,7 @@ impl Supervisor {
             return;
         }
         self.tend(ctx);
+        self.tend_fleet(ctx);
         if self.next_due_unix_ms.is_some_and(|due| now_unix_ms() >= due) {
             self.round(ctx);
             return;

@@ -5,6 +5,8 @@
 //! bear. Order is kept within a lane. When [`ITEMS_MAX`] wait, those that may be dropped go, oldest first; the others
 //! (results, ends of runs) are kept whatever it costs, because there are only a few for each job.
 
+use std::collections::BTreeMap;
+
 use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::Value as Json;
 
@@ -12,6 +14,7 @@ use super::QueueError;
 use super::journal::{Journal, sql};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::{Delivery, DeliveryBody, NewDelivery, SinkName};
+use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 
 /// Deliveries kept unless the service is configured otherwise.
@@ -340,5 +343,54 @@ impl Journal {
             .query_row("SELECT value FROM flags WHERE name = ?1", [name], |row| row.get(0))
             .optional()
             .map_err(sql("read a flag"))
+    }
+
+    /// Records that are not terminal and came from a queue that machines share.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn active_shared(&self) -> Result<Vec<JobRecord>, QueueError> {
+        let failed = sql("read the shared jobs");
+        let text = format!(
+            "SELECT {} FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
+             AND entry IS NOT NULL ORDER BY seq",
+            super::rows::JOB_COLUMNS
+        );
+        let mut statement = self.connection.prepare_cached(&text).map_err(&failed)?;
+        let rows = statement.query_map([], super::rows::job).map_err(&failed)?;
+        rows.map(|row| row.map_err(&failed)?).collect()
+    }
+
+    /// Task ids of records that are not terminal.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn active_ids(&self) -> Result<Vec<TaskId>, QueueError> {
+        let failed = sql("read the active jobs");
+        let text = "SELECT task_id FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') ORDER BY seq";
+        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
+        let rows = statement.query_map([], |row| row.get::<_, String>(0)).map_err(&failed)?;
+        let mut ids = Vec::new();
+        for row in rows {
+            let text = row.map_err(&failed)?;
+            ids.push(text.parse().map_err(|_| QueueError::Decode { what: "task id", source: None })?);
+        }
+        Ok(ids)
+    }
+
+    /// Records by state.
+    ///
+    /// # Errors
+    /// When they cannot be counted.
+    pub fn counts(&self) -> Result<BTreeMap<String, u64>, QueueError> {
+        let failed = sql("count its jobs");
+        let mut statement = self
+            .connection
+            .prepare_cached("SELECT state, count(*) FROM jobs GROUP BY state")
+            .map_err(&failed)?;
+        let rows = statement
+            .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)? as u64)))
+            .map_err(&failed)?;
+        rows.map(|row| row.map_err(&failed)).collect()
     }
 }

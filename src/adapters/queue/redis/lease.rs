@@ -118,4 +118,14 @@ impl Fleet {
         let (owner, fence): (Option<String>, Option<u64>) = self.command("read a lease", &command).await?;
         Ok(owner.zip(fence))
     }
+
+    /// The instance of a task whose lease was given out last, also when the lease is over.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn last_instance(&self, task_id: &TaskId) -> Result<Option<String>, FleetError> {
+        let mut command = cmd("HGET");
+        command.arg(self.keys().fence(task_id.as_str())).arg("instance");
+        self.command("read a lease", &command).await
+    }
 }

@@ -1,0 +1,235 @@
+//! The reporter: shows running jobs in Redis (progress, log) and delivers results and metrics there.
+//!
+//! Owns: a thread with a runtime of its own, what is to be shown of each job. In: the supervisor's notices (never
+//! waits), the wish to end. Out: `progress:{task_id}`, the channels, `stream:{task_id}`. What is shown is liveness: while
+//! Redis is away nothing piles up, and afterwards the newest state and the log from where it was are shown. Results and
+//! metrics are facts: they go through the outbox ([`RedisSink`]). Limits: a flush a second, [`LOG_BYTES_MAX`] of
+//! a log at once, [`JOBS_MAX`] jobs.
+
+mod fields;
+mod log;
+mod sink;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::supervisor::Notice;
+use super::telemetry::Telemetry;
+use crate::adapters::logs::job_log_path;
+use crate::adapters::queue::redis::{Fleet, FleetError};
+use crate::job::ids::TaskId;
+use crate::job::record::JobRecord;
+use crate::job::service::ServiceConfig;
+use crate::job::state::JobState;
+use fields::Shown;
+
+pub use sink::RedisSink;
+
+/// Between two flushes of what changed.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause after a failure, doubling up to [`PAUSE_MAX`].
+const PAUSE: Duration = Duration::from_millis(500);
+/// See [`PAUSE`].
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Bytes of a log that are sent at once.
+const LOG_BYTES_MAX: usize = 256 << 10;
+/// Jobs shown at a time: those beyond wait for one to end.
+const JOBS_MAX: usize = 20_000;
+
+/// A way to the reporter.
+pub struct Reporter {
+    board: Arc<Board>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Board {
+    jobs: Mutex<BTreeMap<TaskId, Shown>>,
+    nudge: Notify,
+    must_end: AtomicBool,
+}
+
+impl Reporter {
+    /// Starts the reporter.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn start(
+        config: Arc<ServiceConfig>,
+        fleet: Fleet,
+        telemetry: Arc<Telemetry>,
+    ) -> std::io::Result<Self> {
+        let board = Arc::new(Board::default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut round = Round { config, fleet, telemetry, board: board.clone(), logs: BTreeMap::new() };
+        let thread = std::thread::Builder::new()
+            .name("reporter".into())
+            .spawn(move || runtime.block_on(round.run()))?;
+        Ok(Self { board, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Hears a notice. Never waits for Redis.
+    pub fn notice(&self, notice: &Notice) {
+        let Ok(mut jobs) = self.board.jobs.lock() else { return };
+        match notice {
+            Notice::Accepted(record) | Notice::Started(record) | Notice::Left(record) => {
+                if let Some(shown) = jobs.get_mut(&record.task_id) {
+                    shown.record((**record).clone());
+                } else if jobs.len() < JOBS_MAX {
+                    jobs.insert(record.task_id.clone(), Shown::new((**record).clone()));
+                }
+                drop(jobs);
+                self.board.nudge.notify_one();
+            }
+            Notice::Event { task_id, event } => {
+                if let Some(shown) = jobs.get_mut(task_id) {
+                    shown.event(event);
+                }
+            }
+            Notice::Rejected { .. } => {}
+        }
+    }
+
+    /// Shows what is left to show and ends.
+    pub fn finish(&self) {
+        self.board.must_end.store(true, Ordering::SeqCst);
+        self.board.nudge.notify_one();
+    }
+
+    /// True when its thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread
+            .lock()
+            .is_ok_and(|thread| thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished))
+    }
+}
+
+struct Round {
+    config: Arc<ServiceConfig>,
+    fleet: Fleet,
+    telemetry: Arc<Telemetry>,
+    board: Arc<Board>,
+    /// How far the log of each job was sent, as far as this process knows.
+    logs: BTreeMap<TaskId, u64>,
+}
+
+impl Round {
+    async fn run(&mut self) {
+        let mut failures = 0u32;
+        loop {
+            let must_end = self.board.must_end.load(Ordering::SeqCst);
+            let pause = match self.flush().await {
+                Ok(()) => {
+                    failures = 0;
+                    FLUSH_INTERVAL
+                }
+                Err(error) => {
+                    if failures == 0 {
+                        // The consumer of the same server says it to people.
+                        tracing::debug!("progress is not shown: {}", error.chain());
+                    }
+                    failures = failures.saturating_add(1);
+                    PAUSE.saturating_mul(1 << (failures - 1).min(8)).min(PAUSE_MAX)
+                }
+            };
+            if must_end {
+                return;
+            }
+            if failures == 0 && self.is_idle() {
+                self.board.nudge.notified().await;
+                continue;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.board.jobs.lock().map_or(true, |jobs| {
+            jobs.values().all(|shown| {
+                let state = shown.record.state;
+                !shown.is_dirty && !state.has_process() && !state.is_terminal()
+            })
+        })
+    }
+
+    /// Shows everything that changed.
+    async fn flush(&mut self) -> Result<(), FleetError> {
+        let changed: Vec<JobRecord> = match self.board.jobs.lock() {
+            Ok(jobs) => {
+                let wanted = jobs.values().filter(|shown| {
+                    let state = shown.record.state;
+                    shown.is_dirty || state.has_process() || state.is_terminal()
+                });
+                wanted.map(|shown| shown.record.clone()).collect()
+            }
+            Err(_) => return Ok(()),
+        };
+        for record in changed {
+            self.show(&record.task_id).await?;
+            let is_complete = self.send_log(&record).await?;
+            // A moved job is shown by the machine that has it.
+            // Its last words may still be on their way to the file.
+            if record.state.is_terminal() && is_complete && self.was_complete(&record.task_id) {
+                self.forget(&record).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// True when the log was complete at an earlier flush after the end; notes that it is now.
+    fn was_complete(&self, task_id: &TaskId) -> bool {
+        let Ok(mut jobs) = self.board.jobs.lock() else { return true };
+        jobs.get_mut(task_id).is_none_or(|shown| std::mem::replace(&mut shown.is_log_complete, true))
+    }
+
+    async fn show(&self, task_id: &TaskId) -> Result<(), FleetError> {
+        let machine = self.telemetry.newest();
+        let Some((fields, is_final)) = self.board.jobs.lock().ok().and_then(|mut jobs| {
+            let shown = jobs.get_mut(task_id).filter(|shown| shown.is_dirty)?;
+            shown.is_dirty = false;
+            let state = shown.record.state;
+            (state != JobState::Moved)
+                .then(|| (shown.fields(&self.config, machine.as_deref()), state.is_terminal()))
+        }) else {
+            return Ok(());
+        };
+        let shown = self.fleet.progress(task_id, &fields, is_final).await;
+        if shown.is_err()
+            && let Ok(mut jobs) = self.board.jobs.lock()
+            && let Some(shown) = jobs.get_mut(task_id)
+        {
+            shown.is_dirty = true;
+        }
+        shown
+    }
+
+    /// Sends the lines of the log that were not sent. True when everything was.
+    async fn send_log(&mut self, record: &JobRecord) -> Result<bool, FleetError> {
+        if record.state == JobState::Moved {
+            return Ok(true);
+        }
+        let path = job_log_path(&self.config.logging.dir, record.task_id.as_str());
+        let from = self.logs.get(&record.task_id).copied().unwrap_or(0);
+        let lines_max = self.config.redis.log_lines_max;
+        let (offset, is_complete) = log::send(&self.fleet, &record.task_id, &path, from, lines_max).await?;
+        self.logs.insert(record.task_id.clone(), offset);
+        Ok(is_complete)
+    }
+
+    async fn forget(&mut self, record: &JobRecord) -> Result<(), FleetError> {
+        if record.state != JobState::Moved {
+            self.fleet.log_end(&record.task_id).await?;
+        }
+        self.logs.remove(&record.task_id);
+        if let Ok(mut jobs) = self.board.jobs.lock()
+            && jobs.get(&record.task_id).is_some_and(|shown| shown.record.seq == record.seq && !shown.is_dirty)
+        {
+            jobs.remove(&record.task_id);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,204 @@
+//! Heartbeats: this machine lives, these jobs and GPUs are its own, those it was asked to cancel.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{Consumer, PENDING_MAX, Trouble};
+use crate::actors::supervisor::{FleetHeard, ShutFleet, Standing, StopJob, Surrender};
+use crate::adapters::queue::redis::{Announced, GpuOwner, Renewed, SlotReport, Warning};
+use crate::job::clock::{now_unix_ms, rfc3339};
+use crate::job::record::JobRecord;
+use crate::job::slot::SlotRecord;
+use crate::job::state::JobState;
+
+/// Leases after which another service that uses this machine's name is taken for good.
+const INTRUSION_LEASES: u32 = 3;
+
+impl Consumer {
+    /// The first round after a failure: groups, pending entries, remarks on the configuration.
+    pub(super) async fn connect(&mut self) -> Result<(), Trouble> {
+        let fleet = self.parts.fleet.clone();
+        fleet.ping().await?;
+        fleet.ensure_groups().await?;
+        let standing = self.standing().await?;
+        self.next_beat = Instant::now() + self.beat_interval();
+        self.beat(&standing).await?;
+        if self.is_intruded.is_none() && !standing.is_closing {
+            for entry in fleet.own_pending(PENDING_MAX).await? {
+                self.consider(entry, &standing).await?;
+            }
+        }
+        if !self.was_heard || self.down_since.is_some() {
+            for warning in fleet.warnings().await? {
+                match warning {
+                    Warning::Danger(text) => tracing::warn!("{text}"),
+                    Warning::Note(text) => tracing::info!("{text}"),
+                }
+            }
+        }
+        self.is_connected = true;
+        self.note(json!({"state": "up", "last_success": rfc3339(now_unix_ms())})).await;
+        if !self.was_heard {
+            self.was_heard = true;
+            tracing::info!(
+                "takes jobs from `{}` on Redis at {} as {}",
+                self.parts.config.redis.topic,
+                fleet.address(),
+                fleet.machine_id()
+            );
+        }
+        Ok(())
+    }
+
+    /// One heartbeat.
+    pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
+        self.announce(standing).await?;
+        let active = self
+            .parts
+            .keeper
+            .with(|journal| journal.active_shared())
+            .await
+            .map_err(|_| Trouble::Gone)?;
+        self.renew(&active).await?;
+        let gpus = self.claim_gpus(&standing.slots).await?;
+        if self.is_intruded.is_none() {
+            self.parts.supervisor.send(FleetHeard { gpus }).await.map_err(|_| Trouble::Gone)?;
+        }
+        self.cancel().await?;
+        self.show_counts().await
+    }
+
+    /// A sign of life; another service with this machine's name is no laughing matter.
+    async fn announce(&mut self, standing: &Standing) -> Result<(), Trouble> {
+        let reports: Vec<SlotReport> = standing.slots.iter().map(report).collect();
+        match self.parts.fleet.announce(&reports).await? {
+            Announced::Mine => {
+                if self.is_intruded.take().is_some() {
+                    self.parts.supervisor.do_send(ShutFleet(false));
+                }
+            }
+            Announced::TakenBy { host, since_unix_ms, .. } => {
+                let since = *self.is_intruded.get_or_insert_with(Instant::now);
+                self.parts.supervisor.do_send(ShutFleet(true));
+                let lease = Duration::from_millis(self.parts.config.redis.lease_ms());
+                if since.elapsed() >= lease * INTRUSION_LEASES {
+                    let text = format!(
+                        "another service uses the machine id {} (on the host {host}, since {}); every service needs \
+                         its own: set MACHINE_ID",
+                        self.parts.fleet.machine_id(),
+                        rfc3339(since_unix_ms)
+                    );
+                    if let Ok(mut fatal) = self.shared.fatal.lock() {
+                        *fatal = Some(text);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Renews the leases and entries of this machine's shared jobs, and lets go of those that another machine has.
+    async fn renew(&mut self, active: &[JobRecord]) -> Result<(), Trouble> {
+        let fleet = self.parts.fleet.clone();
+        let lease_ms = self.parts.config.redis.lease_ms();
+        let mut entries: Vec<_> = self.later.iter().map(|taken| taken.entry.clone()).collect();
+        for record in active {
+            let (attempts, fence) = (record.attempts_all(), record.fence);
+            match fleet.renew(&record.task_id, &record.instance, fence, attempts, lease_ms).await? {
+                Renewed::Mine => entries.extend(record.entry.clone()),
+                // A later start of this very machine: the journal has the older number.
+                Renewed::Lost { owner, fence } if owner == fleet.machine_id() && fence > record.fence => {
+                    let seq = record.seq;
+                    self.parts
+                        .keeper
+                        .with(move |journal| journal.set_fence(seq, fence))
+                        .await
+                        .map_err(|_| Trouble::Gone)?;
+                }
+                Renewed::Lost { owner, .. } => {
+                    let message = Surrender { seq: record.seq, owner };
+                    self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)?;
+                }
+            }
+        }
+        // Entries that are gone from the queue do not matter to a job that is in the journal.
+        let gone = fleet.renew_entries(&entries).await?;
+        self.later.retain(|taken| !gone.contains(&taken.entry));
+        Ok(())
+    }
+
+    async fn claim_gpus(&self, slots: &[SlotRecord]) -> Result<Vec<(String, Option<String>)>, Trouble> {
+        let mut owners = Vec::new();
+        for uuid in slots.iter().filter_map(|slot| slot.uuid.clone()) {
+            let owner = match self.parts.fleet.own_gpu(&uuid).await? {
+                GpuOwner::Mine => None,
+                GpuOwner::HeldBy(machine) => Some(machine),
+            };
+            owners.push((uuid, owner));
+        }
+        Ok(owners)
+    }
+
+    /// Cancellations by key, for every job that is active here.
+    async fn cancel(&mut self) -> Result<(), Trouble> {
+        let active = self
+            .parts
+            .keeper
+            .with(|journal| journal.active_ids())
+            .await
+            .map_err(|_| Trouble::Gone)?;
+        if active.is_empty() {
+            return Ok(());
+        }
+        for task_id in self.parts.fleet.cancelled(&active).await? {
+            let why = "cancelled by a key in Redis".to_owned();
+            let message = StopJob { task_id: task_id.clone(), why };
+            self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)?;
+            self.parts.fleet.forget_cancel(&task_id).await?;
+        }
+        Ok(())
+    }
+
+    async fn show_counts(&self) -> Result<(), Trouble> {
+        let counts = self
+            .parts
+            .keeper
+            .with(|journal| journal.counts())
+            .await
+            .map_err(|_| Trouble::Gone)?;
+        let of = |states: &[JobState]| -> u64 {
+            states.iter().filter_map(|state| counts.get(state.as_str())).sum()
+        };
+        let stats = BTreeMap::from([
+            ("queued".to_owned(), of(&[JobState::Queued, JobState::Interrupted]).to_string()),
+            (
+                "active".to_owned(),
+                of(&[JobState::Preparing, JobState::Running, JobState::Stopping]).to_string(),
+            ),
+            ("completed".to_owned(), of(&[JobState::Completed]).to_string()),
+            ("failed".to_owned(), of(&[JobState::Failed]).to_string()),
+            ("cancelled".to_owned(), of(&[JobState::Cancelled]).to_string()),
+        ]);
+        self.parts.fleet.queue_stats(&stats).await?;
+        Ok(())
+    }
+}
+
+/// A slot as other machines see it.
+fn report(slot: &SlotRecord) -> SlotReport {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    SlotReport {
+        slot: slot.name.replace(' ', "-").to_lowercase(),
+        task_id: slot.task_id.as_ref().map(ToString::to_string),
+        fields: vec![
+            ("device".to_owned(), slot.device.clone()),
+            ("state".to_owned(), slot.state.to_string()),
+            ("reason".to_owned(), slot.reason.clone()),
+            ("gpu_uuid".to_owned(), text(&slot.uuid)),
+            ("gpu_model".to_owned(), text(&slot.model)),
+            ("updated_unix_ms".to_owned(), now_unix_ms().to_string()),
+        ],
+    }
+}

@@ -1,0 +1,315 @@
+//! The stream consumer: this machine's part in the queue that machines share.
+//!
+//! Owns: a thread with a runtime of its own, the handle on Redis, entries that wait for the end of another job. In: the
+//! supervisor's answers, a nudge when a slot became free, the wish to end. Out: jobs into the journal, and to the supervisor
+//! `Wake`, `StopJob` (a cancellation by key), `Surrender` (another machine has the job), `FleetHeard`. Nothing is
+//! acknowledged before the journal has it, and nothing is taken without a slot for it. While Redis is away it is asked
+//! again with a back-off, said once a minute; what runs goes on. Limits: calls of 2 s, at most [`LATER_MAX`] entries in
+//! hand, one heartbeat at a time. When the process dies, entries stay pending and are taken again by this machine's next
+//! start or, after the lease, by another machine.
+
+mod beat;
+mod consider;
+mod files;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use actix::Addr;
+use tokio::sync::Notify;
+
+use super::keeper::Keeper;
+use super::supervisor::{HowDoYouStand, Observer, ShutFleet, Standing, Supervisor};
+use crate::adapters::queue::redis::{Fleet, FleetError, Retry, Taken};
+use crate::job::clock::{human_ms, now_unix_ms, rfc3339};
+use crate::job::service::ServiceConfig;
+use crate::job::spec::SpecContext;
+
+/// Entries that are held until another job has ended; beyond, they are given back.
+const LATER_MAX: usize = 256;
+/// Entries read at once after a restart.
+const PENDING_MAX: usize = 1_000;
+/// Jobs taken at once.
+const TAKE_MAX: usize = 64;
+/// First pause after a failed call.
+const PAUSE: Duration = Duration::from_millis(250);
+/// Longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Between two lines in the log about the same outage.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the consumer works with.
+#[derive(Clone)]
+pub struct Parts {
+    /// The service.
+    pub config: Arc<ServiceConfig>,
+    /// What it adds to every job.
+    pub context: Arc<SpecContext>,
+    /// The journal.
+    pub keeper: Keeper,
+    /// Who is told.
+    pub supervisor: Addr<Supervisor>,
+    /// Who watches.
+    pub observer: Arc<dyn Observer>,
+    /// The handle on Redis.
+    pub fleet: Fleet,
+}
+
+/// A way to the consumer.
+pub struct StreamConsumer {
+    nudge: Arc<Notify>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    must_end: AtomicBool,
+    /// Nothing was there to take at the last look, or Redis is away.
+    is_quiet: AtomicBool,
+    /// Why the service must not go on.
+    fatal: Mutex<Option<String>>,
+}
+
+impl StreamConsumer {
+    /// Starts the consumer.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn start(parts: Parts) -> std::io::Result<Self> {
+        let (nudge, shared) = (Arc::new(Notify::new()), Arc::new(Shared::default()));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut consumer = Consumer {
+            parts,
+            nudge: nudge.clone(),
+            shared: shared.clone(),
+            is_connected: false,
+            was_heard: false,
+            is_intruded: None,
+            failures: 0,
+            down_since: None,
+            complained: None,
+            next_beat: Instant::now(),
+            later: Vec::new(),
+            unreadable: HashMap::new(),
+            passed: HashMap::new(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("stream-consumer".into())
+            .spawn(move || runtime.block_on(consumer.run()))?;
+        Ok(Self { nudge, shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// What to poke when a slot became free.
+    pub fn nudge(&self) -> Arc<Notify> {
+        self.nudge.clone()
+    }
+
+    /// True when the last look found nothing to take.
+    pub fn is_quiet(&self) -> bool {
+        self.shared.is_quiet.load(Ordering::SeqCst)
+    }
+
+    /// Why the service must not go on, if so: another one uses its name.
+    pub fn fatal(&self) -> Option<String> {
+        self.shared.fatal.lock().ok().and_then(|text| text.clone())
+    }
+
+    /// Takes nothing more and ends.
+    pub fn finish(&self) {
+        self.shared.must_end.store(true, Ordering::SeqCst);
+        self.nudge.notify_one();
+    }
+
+    /// True when its thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread
+            .lock()
+            .is_ok_and(|thread| thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished))
+    }
+}
+
+struct Consumer {
+    parts: Parts,
+    nudge: Arc<Notify>,
+    shared: Arc<Shared>,
+    /// The last call succeeded.
+    is_connected: bool,
+    /// The supervisor was told of an answer at least once.
+    was_heard: bool,
+    /// Since when another service uses this machine's name.
+    is_intruded: Option<Instant>,
+    failures: u32,
+    down_since: Option<Instant>,
+    complained: Option<Instant>,
+    next_beat: Instant,
+    /// Entries of tasks that another entry is at work on.
+    later: Vec<Taken>,
+    /// How often an entry could not be read, by queue and id.
+    unreadable: HashMap<(String, String), u32>,
+    /// Entries that this machine cannot run and gave back, and until when it leaves them alone.
+    passed: HashMap<(String, String), Instant>,
+}
+
+/// The consumer cannot go on as it is.
+enum Trouble {
+    /// Redis.
+    Fleet(FleetError),
+    /// The journal or the supervisor is gone: the service ends or is rebuilt.
+    Gone,
+}
+
+impl From<FleetError> for Trouble {
+    fn from(error: FleetError) -> Self {
+        Self::Fleet(error)
+    }
+}
+
+impl Consumer {
+    async fn run(&mut self) {
+        while !self.must_end() {
+            match self.round().await {
+                Ok(()) => self.well().await,
+                Err(Trouble::Gone) => return,
+                Err(Trouble::Fleet(error)) => {
+                    let pause = self.failed(&error).await;
+                    self.shared.is_quiet.store(true, Ordering::SeqCst);
+                    let _ = tokio::time::timeout(pause, self.ending()).await;
+                }
+            }
+        }
+    }
+
+    fn must_end(&self) -> bool {
+        self.shared.must_end.load(Ordering::SeqCst)
+    }
+
+    /// Returns when it is to end.
+    async fn ending(&self) {
+        while !self.must_end() {
+            self.nudge.notified().await;
+        }
+    }
+
+    /// One round: a heartbeat when it is due, then work when there is room for it.
+    async fn round(&mut self) -> Result<(), Trouble> {
+        if !self.is_connected {
+            self.connect().await?;
+        }
+        let standing = self.standing().await?;
+        if Instant::now() >= self.next_beat {
+            self.next_beat = Instant::now() + self.beat_interval();
+            self.beat(&standing).await?;
+            self.reconsider(&standing).await?;
+            self.steal(&standing).await?;
+        }
+        let room = self.room(&standing).await?;
+        if room == 0 {
+            self.shared.is_quiet.store(self.later.is_empty(), Ordering::SeqCst);
+            let pause = self.next_beat.saturating_duration_since(Instant::now());
+            let _ = tokio::time::timeout(pause, self.nudge.notified()).await;
+            return Ok(());
+        }
+        let ageing_ms = self.parts.config.ageing_ms.max(1) as u64;
+        let taken = self.parts.fleet.take(room.min(TAKE_MAX), ageing_ms).await?;
+        let is_empty = taken.is_empty();
+        for entry in taken {
+            self.consider(entry, &standing).await?;
+        }
+        if is_empty {
+            self.shared.is_quiet.store(self.later.is_empty(), Ordering::SeqCst);
+            self.wait().await?;
+        } else {
+            self.shared.is_quiet.store(false, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Waits for work, for a nudge, or for the next heartbeat.
+    async fn wait(&mut self) -> Result<(), Trouble> {
+        let left = self.next_beat.saturating_duration_since(Instant::now());
+        let fleet = self.parts.fleet.clone();
+        let limit_ms = (left.as_millis() as u64).max(1);
+        tokio::select! {
+            found = fleet.wait_for_work(limit_ms) => { found?; }
+            () = self.nudge.notified() => {}
+        }
+        Ok(())
+    }
+
+    fn beat_interval(&self) -> Duration {
+        Duration::from_millis(self.parts.config.redis.heartbeat_interval_ms)
+    }
+
+    async fn standing(&self) -> Result<Standing, Trouble> {
+        self.parts.supervisor.send(HowDoYouStand).await.map_err(|_| Trouble::Gone)
+    }
+
+    /// Jobs that could be taken now.
+    async fn room(&self, standing: &Standing) -> Result<usize, Trouble> {
+        if standing.is_closing || self.is_intruded.is_some() || self.later.len() >= LATER_MAX {
+            return Ok(0);
+        }
+        let waiting = self
+            .parts
+            .keeper
+            .with(|journal| {
+                let now = now_unix_ms();
+                use crate::adapters::queue::JobStore;
+                let waiting = journal.waiting()?;
+                Ok(waiting.iter().filter(|job| job.not_before_unix_ms <= now).count())
+            })
+            .await
+            .map_err(|_| Trouble::Gone)?;
+        Ok((standing.free + self.parts.config.redis.prefetch).saturating_sub(waiting))
+    }
+
+    /// Notes that a round went well.
+    async fn well(&mut self) {
+        if let Some(since) = self.down_since.take() {
+            let outage = human_ms(since.elapsed().as_millis() as i64);
+            tracing::info!("Redis at {} answers again after {outage}", self.parts.fleet.address());
+        }
+        (self.failures, self.complained) = (0, None);
+    }
+
+    /// Notes a failure and says how long to pause.
+    async fn failed(&mut self, error: &FleetError) -> Duration {
+        // Whatever it was, groups and pending entries are looked at afresh.
+        self.is_connected = false;
+        self.failures = self.failures.saturating_add(1);
+        let is_news = self.down_since.is_none();
+        let since = *self.down_since.get_or_insert_with(Instant::now);
+        if self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL) {
+            self.complained = Some(Instant::now());
+            let address = self.parts.fleet.address();
+            // A group that is gone is made again in the next round; that is no outage.
+            if !error.is_no_group() {
+                let outage = human_ms(since.elapsed().as_millis() as i64);
+                let lasting = if is_news { String::new() } else { format!(" (for {outage} by now)") };
+                tracing::warn!("the shared queue on {address} does not work{lasting}: {}", error.chain());
+            }
+            let state = serde_json::json!({
+                "state": "down", "since": rfc3339(now_unix_ms() - since.elapsed().as_millis() as i64),
+                "error": error.chain(),
+            });
+            self.note(state).await;
+        }
+        if error.retry() == Retry::Never && is_news {
+            self.parts.supervisor.do_send(ShutFleet(false));
+        }
+        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10)).min(PAUSE_MAX);
+        // Machines must not come back in step.
+        doubled + doubled.mul_f64((uuid::Uuid::new_v4().as_u128() % 256) as f64 / 1024.0)
+    }
+
+    async fn note(&self, state: serde_json::Value) {
+        let noted = self.parts.keeper.with(move |journal| journal.set_service("queue", &state)).await;
+        if let Err(error) = noted {
+            tracing::debug!("the state of the shared queue cannot be noted: {error}");
+        }
+    }
+}
