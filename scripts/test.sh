@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test. Needs cargo and a C and C++ compiler, nothing else; kernels are compiled for chips where
-# `scripts/nvrtc.sh` was run before or BOXWRIGHT_NVRTC names a compiler. Arguments go to `cargo test`:
+# `scripts/nvrtc.sh` was run before or BOXWRIGHT_NVRTC names a compiler, and Redis, S3 and MLflow are tested with real
+# servers where `scripts/services.sh` was run before (else those tests say that they skip). Arguments go to `cargo test`:
 #   scripts/test.sh                 all tests
 #   scripts/test.sh golden          the tests against recorded reference numbers
 set -euo pipefail
@@ -18,5 +19,7 @@ for folder in "${CARGO_TARGET_DIR:-target}"/nvrtc-*/nvidia/cu13/lib; do
         export BOXWRIGHT_NVRTC
     fi
 done
+
+places=$(scripts/services.sh --cached) && eval "$places"
 
 exec cargo test --release "$@"
