@@ -1,6 +1,6 @@
 //! What becomes of entries that were taken.
 
-use boxwright::adapters::queue::redis::{Announced, Stolen};
+use boxwright::adapters::queue::redis::{Announced, Fleet, Stolen, Taken};
 use boxwright::job::delivery::QueueEntry;
 use redis::Value;
 
@@ -53,8 +53,7 @@ async fn a_dead_consumers_entry_is_stolen_and_not_before() {
     assert_eq!(names(&mine), ["h", "x", "deleted"]);
     get::<i64>(&server, &["XDEL", TOPIC, &mine[2].entry.id]);
     assert_eq!(b.steal(60_000, 10).await.expect("nothing"), Stolen::default());
-    assert_eq!(a.steal(0, 10).await.expect("nothing"), Stolen::default(), "nobody steals from itself");
-    let stolen = wait_stolen(&b, 400, 10).await;
+    let stolen = wait_stolen(&b, 400, 2).await;
     assert_eq!(names(&stolen), ["h", "x"]);
     assert!(stolen.iter().all(|taken| taken.deliveries == 2));
     assert_eq!((pending(&server, "a"), pending(&server, "b")), (0, 1), "what was deleted is acknowledged");
@@ -64,22 +63,39 @@ async fn a_dead_consumers_entry_is_stolen_and_not_before() {
         lost.sort_by(|x, y| x.queue.cmp(&y.queue));
         lost
     });
-    assert_eq!(b.steal(0, 10).await.expect("nothing"), Stolen::default());
+    assert_eq!(b.steal(60_000, 10).await.expect("nothing"), Stolen::default());
 }
 
-async fn wait_stolen(
-    fleet: &boxwright::adapters::queue::redis::Fleet,
-    idle_ms: u64,
-    count: usize,
-) -> Vec<boxwright::adapters::queue::redis::Taken> {
+/// Looks until `count` entries are stolen.
+async fn wait_stolen(fleet: &Fleet, idle_ms: u64, count: usize) -> Vec<Taken> {
+    let begin = std::time::Instant::now();
+    let mut stolen = Vec::new();
+    while stolen.len() < count {
+        stolen.extend(fleet.steal(idle_ms, 10).await.expect("a look").entries);
+        assert!(begin.elapsed() < crate::servers::LIMIT, "nothing was stolen");
+    }
+    stolen
+}
+
+#[tokio::test]
+async fn an_entry_whose_delivery_was_lost_is_found_again() {
+    let Some(server) = RedisServer::start() else { return };
+    let a = ready(&server, "a").await;
+    push(&server, "known", &[]);
+    push(&server, "lost", &[]);
+    let known = a.take(1, 0).await.expect("taken").remove(0).entry;
+    let words = ["XREADGROUP", "GROUP", "training_group", "a", "COUNT", "1", "STREAMS", TOPIC, ">"];
+    let lost: Value = get(&server, &words);
+    assert_ne!(lost, Value::Nil);
     let begin = std::time::Instant::now();
     loop {
-        let stolen = fleet.steal(idle_ms, count).await.expect("a look").entries;
-        if !stolen.is_empty() {
-            return stolen;
+        assert!(a.renew_entries(std::slice::from_ref(&known)).await.expect("renewed").is_empty());
+        let found = a.steal(500, 10).await.expect("a look").entries;
+        if !found.is_empty() {
+            assert_eq!(names(&found), ["lost"]);
+            break;
         }
-        assert!(begin.elapsed() < crate::servers::LIMIT, "nothing was stolen");
-        tokio::task::yield_now().await;
+        assert!(begin.elapsed() < crate::servers::LIMIT, "it was not found");
     }
 }
 
@@ -90,14 +106,16 @@ async fn stealing_goes_through_a_long_list_of_pending_entries() {
     for i in 0..450 {
         push(&server, &format!("{i}"), &[]);
     }
-    assert_eq!(b.take(440, 0).await.expect("taken").len(), 440);
-    assert_eq!(a.take(10, 0).await.expect("taken").len(), 10);
-    // Its own 440 come first; each look goes on where the last one stopped.
+    assert_eq!(a.take(450, 0).await.expect("taken").len(), 450);
     let mut stolen = Vec::new();
-    for _ in 0..8 {
-        stolen.extend(b.steal(0, 4).await.expect("a look").entries);
+    for round in 1..=10 {
+        let found = b.steal(0, 45).await.expect("a look").entries;
+        assert_eq!(found.len(), 45, "round {round}: each goes on where the last one stopped");
+        stolen.extend(found);
     }
-    assert_eq!(stolen.len(), 10);
+    let mut ids: Vec<&str> = stolen.iter().map(|taken| taken.entry.id.as_str()).collect();
+    ids.dedup();
+    assert_eq!(ids.len(), 450);
 }
 
 #[tokio::test]
@@ -172,7 +190,7 @@ async fn elements_of_dead_machines_go_back_to_the_head_in_order() {
     }
     assert_eq!(b.steal(0, 10).await.expect("alive"), Stolen::default());
     a.leave().await.expect("left");
-    assert_eq!(b.steal(0, 10).await.expect("dead").returned, 2);
+    assert_eq!(b.steal(0, 10).await.expect("dead"), Stolen { entries: Vec::new(), returned: 2 });
     assert_eq!(get::<Vec<String>>(&server, &["LRANGE", TOPIC, "0", "-1"]), ["1", "2", "3"]);
     assert_eq!(b.steal(0, 10).await.expect("nothing"), Stolen::default());
 }

@@ -59,7 +59,7 @@ async fn a_user_with_few_rights_is_enough_and_lacking_ones_are_named() {
     assert!(matches!(error, FleetError::NoPermission { .. }), "{error:?}");
     assert_eq!(error.retry(), Retry::Never);
     get::<String>(&server, &["ACL", "SETUSER", "worker", "off"]);
-    fleet.disconnect().await;
+    fleet.disconnect();
     assert!(matches!(fleet.ping().await.expect_err("off"), FleetError::Auth { .. }));
 }
 

@@ -10,6 +10,7 @@ mod results;
 #[path = "../common/servers/mod.rs"]
 mod servers;
 mod shown;
+mod turmoil;
 
 use std::time::Duration;
 
