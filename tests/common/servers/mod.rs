@@ -8,6 +8,7 @@
 
 pub mod process;
 pub mod proxy;
+pub mod redis;
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use redis::{Cmd, cmd};
 
 use super::keys::{MACHINES, SIDE_LISTS};
-use super::take::QueueKind;
+use super::take::{QueueKind, RawRow};
 use super::{Fleet, FleetError, Taken, now_unix_ms, scripts};
 use crate::job::delivery::QueueEntry;
 
@@ -35,6 +35,9 @@ impl Fleet {
     /// Takes over up to `count` entries whose consumer gave no sign of life for `min_idle_ms`, and moves what machines
     /// without a sign of life had taken from lists back to the lists.
     ///
+    /// Entries of this machine itself are among them when it gave no sign of life for them: it does not know that it has
+    /// them, because the answer with them was lost. One that does know them (after a long standstill) goes on as before.
+    ///
     /// # Errors
     /// [`FleetError::NoGroup`]: call [`Fleet::ensure_groups`] first.
     pub async fn steal(&self, min_idle_ms: u64, count: usize) -> Result<Stolen, FleetError> {
@@ -58,10 +61,10 @@ impl Fleet {
                 from.as_bytes(),
                 looked_at.as_bytes(),
             ];
-            let (next, rows): (String, Vec<(String, Vec<Vec<u8>>, u64)>) =
+            let (next, rows): (String, Vec<RawRow>) =
                 self.script("claim entries of the dead", &scripts::STEAL, &[stream], &arguments).await?;
             self.steal_from()[index] = next;
-            stolen.entries.extend(rows.into_iter().map(|row| Taken::of_stream(stream, row)));
+            stolen.entries.extend(rows.into_iter().map(|row| Taken::of_stream(stream, index != 1, row)));
         }
         Ok(stolen)
     }

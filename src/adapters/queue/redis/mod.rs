@@ -24,7 +24,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Script, ScriptInvocation, Value};
-use tokio::sync::Mutex;
 
 pub use entries::Stolen;
 pub use error::{FleetError, Retry};
@@ -71,8 +70,18 @@ struct Inner {
 /// Place of a connection.
 #[derive(Default)]
 struct Line {
-    link: Mutex<Option<(u64, Link)>>,
+    /// The connection, with the number of its making.
+    link: std::sync::Mutex<Option<(u64, Link)>>,
+    /// Held by the one that makes it.
+    making: tokio::sync::Mutex<()>,
     made: AtomicU64,
+}
+
+impl Line {
+    fn link(&self) -> std::sync::MutexGuard<'_, Option<(u64, Link)>> {
+        // A panic elsewhere leaves a connection or none, both of which are fine.
+        self.link.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
 }
 
 /// What is asked.
@@ -137,9 +146,9 @@ impl Fleet {
     }
 
     /// Drops the connections; the next call makes them again.
-    pub async fn disconnect(&self) {
-        *self.inner.calls.link.lock().await = None;
-        *self.inner.waiting.link.lock().await = None;
+    pub fn disconnect(&self) {
+        *self.inner.calls.link() = None;
+        *self.inner.waiting.link() = None;
     }
 
     fn keys(&self) -> &Keys {
@@ -152,17 +161,20 @@ impl Fleet {
 
     /// The connection of `line`, made if there is none, with the number of its making.
     async fn link(&self, line: &Line, what: &'static str) -> Result<(u64, Link), FleetError> {
+        if let Some(held) = line.link().clone() {
+            return Ok(held);
+        }
         let server = &self.inner.server;
-        let answer_limit = ANSWER_LIMIT + WAIT_SLICE;
         let connect = async {
-            let mut place = line.link.lock().await;
-            if let Some((number, link)) = &*place {
-                return Ok((*number, link.clone()));
+            let _making = line.making.lock().await;
+            // Another call may have made one while this one waited.
+            if let Some(held) = line.link().clone() {
+                return Ok(held);
             }
-            let link = server.connect(answer_limit).await?;
-            let number = line.made.fetch_add(1, Ordering::Relaxed);
-            *place = Some((number, link.clone()));
-            Ok((number, link))
+            let link = server.connect(ANSWER_LIMIT + WAIT_SLICE).await?;
+            let made = (line.made.fetch_add(1, Ordering::Relaxed), link);
+            *line.link() = Some(made.clone());
+            Ok(made)
         };
         let limit_ms = CONNECT_LIMIT.as_millis() as u64;
         match tokio::time::timeout(CONNECT_LIMIT, connect).await {
@@ -194,7 +206,7 @@ impl Fleet {
             Err(_) => FleetError::Timeout { address: address.clone(), what, limit_ms },
         };
         if error.retry() == Retry::Reconnect {
-            let mut place = line.link.lock().await;
+            let mut place = line.link();
             // Another call may have made a new one in the meantime.
             if place.as_ref().is_some_and(|(held, _)| *held == number) {
                 *place = None;

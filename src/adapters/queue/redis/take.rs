@@ -58,20 +58,28 @@ pub struct Taken {
     pub at_unix_ms: i64,
 }
 
+/// When the entry of a stream with this id was added, Unix milliseconds.
+fn added_at(id: &str) -> Option<i64> {
+    let (ms, sequence) = id.split_once('-')?;
+    sequence.parse::<u64>().ok()?;
+    ms.parse().ok()
+}
+
 /// Id, flat fields and values, deliveries.
-type RawRow = (String, Vec<Vec<u8>>, u64);
+pub(super) type RawRow = (String, Vec<Vec<u8>>, u64);
 
 impl Taken {
-    pub(super) fn of_stream(queue: &str, (id, flat, deliveries): RawRow) -> Self {
+    /// In the stream of a class, `has_moved`, the field `entry_id` is ours.
+    pub(super) fn of_stream(queue: &str, has_moved: bool, (id, flat, deliveries): RawRow) -> Self {
         let mut fields = BTreeMap::new();
         let mut parts = flat.into_iter();
         while let (Some(name), Some(value)) = (parts.next(), parts.next()) {
             fields.insert(lossy(name), lossy(value));
         }
-        let original_id = fields.get("entry_id").unwrap_or(&id).clone();
-        let at = original_id.split('-').next().and_then(|ms| ms.parse().ok());
+        let own = fields.get("entry_id").filter(|own| has_moved && added_at(own).is_some());
+        let original_id = own.unwrap_or(&id).clone();
         Self {
-            at_unix_ms: at.unwrap_or_else(now_unix_ms),
+            at_unix_ms: added_at(&original_id).unwrap_or_else(now_unix_ms),
             entry: QueueEntry { queue: queue.to_owned(), id, is_list: false },
             original_id,
             fields,
@@ -133,6 +141,8 @@ impl Fleet {
     ///
     /// # Errors
     /// [`FleetError::NoGroup`]: call [`Fleet::ensure_groups`] and take again. [`FleetError::WrongType`]: the topic is no queue.
+    /// After an error that asks to reconnect, call [`Fleet::own_pending`]: the lost answer may have given entries to this
+    /// machine.
     pub async fn take(&self, count: usize, ageing_ms: u64) -> Result<Vec<Taken>, FleetError> {
         let mut taken = Vec::new();
         if count == 0 {
@@ -186,7 +196,10 @@ impl Fleet {
                 ],
             )
             .await?;
-        Ok(rows.into_iter().map(|(queue, id, fields)| Taken::of_stream(&queue, (id, fields, 1))).collect())
+        let taken = |(queue, id, fields): (String, _, _)| {
+            Taken::of_stream(&queue, queue != keys.topic, (id, fields, 1))
+        };
+        Ok(rows.into_iter().map(taken).collect())
     }
 
     async fn take_list(&self, list: &str, count: usize) -> Result<Vec<Taken>, FleetError> {
@@ -255,7 +268,9 @@ impl Fleet {
                 ];
                 let (next, rows): (String, Vec<RawRow>) =
                     self.script(what, &scripts::OWN_PENDING, &[stream], &arguments).await?;
-                found.extend(rows.into_iter().map(|row| Taken::of_stream(stream, row)));
+                found.extend(
+                    rows.into_iter().map(|row| Taken::of_stream(stream, stream != self.keys().topic, row)),
+                );
                 after = next;
             }
         }
@@ -280,13 +295,13 @@ impl Fleet {
                 return Ok(true);
             }
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(false);
-            }
             let kind = QueueKind::of(&types[0]);
             let slice = if kind == QueueKind::Missing { LIST_POLL } else { WAIT_SLICE };
             if self.is_stream_ready(&kind, slice.min(left)).await? {
                 return Ok(true);
+            }
+            if slice >= left {
+                return Ok(false);
             }
         }
     }

@@ -64,7 +64,8 @@ local function look(class)
     if row then
       local at = id_parts(row[1])
       for i = 1, #row[2], 2 do
-        if row[2][i] == 'entry_id' then
+        -- In the stream of a class the field is ours.
+        if class ~= 2 and row[2][i] == 'entry_id' and id_parts(row[2][i + 1]) > 0 then
           at = id_parts(row[2][i + 1])
         end
       end
