@@ -4,7 +4,9 @@
 #[path = "../common/servers/s3.rs"]
 mod s3;
 
+mod archive;
 mod contract;
+mod stage;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
