@@ -21,8 +21,9 @@ use crate::engine::ops::conv2d::cuda::Tuning;
 use crate::engine::optim::{OptimizerState, OptimizerStateRef};
 
 /// Magic of the trailer; the digit is the version of the format.
-const TRAILER_MAGIC: &[u8; 8] = b"BXWRCK01";
-const TRAILER_LEN: usize = 8 + 32;
+pub(crate) const TRAILER_MAGIC: &[u8; 8] = b"BXWRCK01";
+/// Bytes of the trailer.
+pub(crate) const TRAILER_LEN: usize = 8 + 32;
 /// A checkpoint larger than this is not one of ours.
 const FILE_BYTES_MAX: u64 = 64 << 30;
 /// A header larger than this is damage, not data.

@@ -183,7 +183,11 @@ impl From<StoreError> for DeliveryError {
     fn from(error: StoreError) -> Self {
         let what = error.to_string();
         let is_outage = error.is_outage();
-        let retry = error.retry();
+        let retry = match &error {
+            // A bucket that was removed in the middle of it: it is made again by the next try.
+            StoreError::Missing { .. } => Retry::After,
+            error => error.retry(),
+        };
         let source: Option<Cause> = match error {
             StoreError::Denied { source, .. }
             | StoreError::Refused { source, .. }
@@ -210,7 +214,7 @@ mod tests {
     fn every_error_says_what_to_do() {
         let what = || "put a/b".to_owned();
         let table = [
-            (StoreError::Missing { object: what() }, Retry::Never, AfterFailure::GiveUp),
+            (StoreError::Missing { object: what() }, Retry::Never, AfterFailure::LaneWaits),
             (StoreError::Refused { what: what(), source: None }, Retry::Never, AfterFailure::GiveUp),
             (StoreError::Denied { what: what(), source: None }, Retry::After, AfterFailure::AllWait),
             (StoreError::Full { what: what(), source: None }, Retry::After, AfterFailure::AllWait),

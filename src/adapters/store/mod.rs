@@ -11,11 +11,14 @@ use async_trait::async_trait;
 
 use crate::job::service::StoreConfig;
 
+pub mod archive;
 pub mod error;
 pub mod folder;
 pub mod local;
 pub mod minio;
 pub mod names;
+pub mod restore;
+pub mod stage;
 
 pub use error::{Retry, StoreError, found};
 pub use local::{Content, LocalFile};
