@@ -4,6 +4,7 @@ mod artifacts;
 mod faults;
 mod life;
 mod machines;
+mod outages;
 mod proxy;
 mod registry;
 #[path = "../common/servers/mlflow.rs"]

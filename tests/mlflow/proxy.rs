@@ -5,6 +5,9 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+/// How long a late request is late: the next attempt shall overtake it now and then.
+const LATE: Duration = Duration::from_millis(30);
+
 /// What happens to a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
@@ -16,6 +19,8 @@ pub enum Fault {
     Cut,
     /// The server carries it out, the answer is lost.
     Lost,
+    /// The client hears nothing until it gives up; only then does the server carry it out.
+    Late,
     /// The proxy answers with this status and header lines. The server does not see it.
     Answer(u16, &'static str),
 }
@@ -34,6 +39,8 @@ struct State {
     seen: Vec<Seen>,
     /// Connections of black holes, held so that they stay open.
     held: Vec<TcpStream>,
+    /// Requests that the server has yet to carry out.
+    late: usize,
 }
 
 /// A proxy on a port of its own; it ends with the test program.
@@ -47,7 +54,7 @@ impl Proxy {
     pub fn before(port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let state = State { plan: Box::new(|_| Fault::None), seen: Vec::new(), held: Vec::new() };
+        let state = State { plan: Box::new(|_| Fault::None), seen: Vec::new(), held: Vec::new(), late: 0 };
         let state = Arc::new(Mutex::new(state));
         let shared = state.clone();
         std::thread::spawn(move || {
@@ -73,6 +80,11 @@ impl Proxy {
     /// The same for every request.
     pub fn set(&self, fault: Fault) {
         self.plan(move |_| fault);
+    }
+
+    /// Requests that the server has yet to carry out, though the client has given them up.
+    pub fn late(&self) -> usize {
+        self.state.lock().expect("no panic").late
     }
 
     /// All requests so far.
@@ -118,6 +130,9 @@ fn serve(client: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Result<
         let number = state.seen.len();
         state.seen.push(seen);
         let fault = (state.plan)(number);
+        if fault == Fault::Late {
+            state.late += 1;
+        }
         if fault == Fault::BlackHole {
             state.held.push(client.try_clone()?);
         }
@@ -134,16 +149,30 @@ fn serve(client: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Result<
             );
             (&client).write_all(answer.as_bytes())?;
         }
+        Fault::Late => {
+            // The end of input: the client has given up. Its next attempt is under way meanwhile.
+            let mut rest = Vec::new();
+            let _ = reader.read_to_end(&mut rest);
+            std::thread::sleep(LATE);
+            let carried_out = pass_on(port, &head, &body);
+            state.lock().expect("no panic").late -= 1;
+            carried_out?;
+        }
         Fault::None | Fault::Lost => {
-            let mut server = TcpStream::connect(("127.0.0.1", port))?;
-            server.write_all(head.as_bytes())?;
-            server.write_all(&body)?;
-            let mut answer = Vec::new();
-            server.read_to_end(&mut answer)?;
+            let answer = pass_on(port, &head, &body)?;
             if fault == Fault::None {
                 (&client).write_all(&answer)?;
             }
         }
     }
     client.shutdown(Shutdown::Both)
+}
+
+fn pass_on(port: u16, head: &str, body: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut server = TcpStream::connect(("127.0.0.1", port))?;
+    server.write_all(head.as_bytes())?;
+    server.write_all(body)?;
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer)?;
+    Ok(answer)
 }

@@ -171,6 +171,15 @@ impl Shown {
 }
 
 impl World {
+    /// Waits for a condition.
+    pub async fn until(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = std::time::Instant::now() + PATIENT;
+        while !condition() {
+            assert!(std::time::Instant::now() < deadline, "{what}: not within {PATIENT:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     pub fn sink(&self) -> MlflowSink {
         sink_at(&self.server.url)
     }

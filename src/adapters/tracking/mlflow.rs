@@ -32,6 +32,8 @@ use crate::job::service::MlflowConfig;
 
 /// Runs whose identity on the server is remembered.
 const REMEMBERED_MAX: usize = 1024;
+/// Further attempts at a run that goes away meanwhile.
+const TRIES_MAX: usize = 5;
 /// Tag with the fence and the time of the newest start, `fence:milliseconds`.
 const STARTED: &str = "boxwright.started";
 /// Tag with the parameters that a later attempt has otherwise.
@@ -142,6 +144,7 @@ impl MlflowSink {
         tags.extend(end.val_fingerprint.as_deref().map(|print| ("val_fingerprint", print)));
         self.tag(&view, &tags).await?;
         self.close(&view, status, end.at_unix_ms).await?;
+        self.drop_twins(&view, &end.run).await?;
         // The tag says that the registry was seen to.
         if self.is_registering && end.status == "completed" && !view.tags.contains_key(REGISTRY) {
             let said = self.register(&view, end).await?;
@@ -219,10 +222,13 @@ impl Sink for MlflowSink {
 
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
         let mut view = self.make(delivery).await;
-        // The run may have gone while we wrote to it: another machine that made one in the same moment keeps its own.
-        if let Err(TrackingError::Refused { .. } | TrackingError::Missing { .. }) = &view
-            && self.is_gone(&delivery.body.run().instance).await
-        {
+        for _ in 0..TRIES_MAX {
+            // The run may have gone while we wrote to it: another machine that made one in the same moment keeps its own.
+            let is_suspect =
+                matches!(view, Err(TrackingError::Refused { .. } | TrackingError::Missing { .. }));
+            if !is_suspect || !self.is_gone(&delivery.body.run().instance).await {
+                break;
+            }
             view = self.make(delivery).await;
         }
         let view = view.map_err(|error| self.verdict(error, delivery))?;

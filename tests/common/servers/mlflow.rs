@@ -2,6 +2,9 @@
 //!
 //! It takes seconds to start, so a test program shares one. It ends with the program however that ends: a shell
 //! between the two reads an input that nobody writes to, and kills its process group when that input closes.
+//!
+//! Each test program uses a part of it, hence the allowance for unused code.
+#![allow(dead_code)]
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -68,7 +71,7 @@ pub fn shared() -> Option<&'static MlflowServer> {
             std::fs::create_dir_all(&folder).expect("the folder for temporary files is writable");
             folder
         });
-        Some(MlflowServer::start(&program, folder, &[]))
+        Some(MlflowServer::start(&program, folder))
     });
     if shared.is_none() {
         // Every test says that it skips, not only the first.
@@ -82,9 +85,22 @@ impl MlflowServer {
     ///
     /// # Panics
     /// When it does not start.
-    pub fn start(program: &Path, folder: &Path, more_arguments: &[&str]) -> Self {
-        let port =
-            TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr()).expect("a free port").port();
+    pub fn start(program: &Path, folder: &Path) -> Self {
+        let server = Self::spawn(program, folder, free_port(), &[]);
+        let deadline = Instant::now() + START_LIMIT;
+        while !is_healthy(server.port) {
+            let text = || std::fs::read_to_string(folder.join("server.log")).unwrap_or_default();
+            assert!(Instant::now() < deadline, "mlflow did not start within {START_LIMIT:?}:\n{}", text());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        server
+    }
+
+    /// Starts one on `port` and does not wait.
+    ///
+    /// # Panics
+    /// When there is no shell.
+    pub fn spawn(program: &Path, folder: &Path, port: u16, more_arguments: &[&str]) -> Self {
         let log = std::fs::File::create(folder.join("server.log")).expect("writable");
         let shell = Command::new("sh")
             .args(["-c", "\"$@\" </dev/null & read -r _; kill -KILL 0", "sh"])
@@ -107,15 +123,20 @@ impl MlflowServer {
             .process_group(0)
             .spawn()
             .expect("a shell starts");
-        let server = Self { shell, url: format!("http://127.0.0.1:{port}"), port };
-        let deadline = Instant::now() + START_LIMIT;
-        while !is_healthy(port) {
-            let text = || std::fs::read_to_string(folder.join("server.log")).unwrap_or_default();
-            assert!(Instant::now() < deadline, "mlflow did not start within {START_LIMIT:?}:\n{}", text());
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        server
+        Self { shell, url: format!("http://127.0.0.1:{port}"), port }
     }
+
+    /// Sends a signal to all its processes.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: a system call on numbers; the group is that of the shell, which lives until it is waited for.
+        let done = unsafe { libc::kill(-self.shell.id().cast_signed(), signal) };
+        assert_eq!(done, 0, "the server has gone");
+    }
+}
+
+/// A loopback port that nobody listens on.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr()).expect("a free port").port()
 }
 
 fn is_healthy(port: u16) -> bool {

@@ -18,7 +18,7 @@ pub(super) const MACHINE: &str = "boxwright.machine";
 /// Tag of a run that somebody uses.
 const SETTLED: &str = "boxwright.settled";
 /// Attempts to agree with other machines on a run.
-const TRIES_MAX: usize = 5;
+const TRIES_MAX: usize = 8;
 /// Runs of one instance that are looked at (one is right, a second is an accident).
 const RUNS_MAX: usize = 50;
 /// Tags or parameters of one request.
@@ -146,6 +146,7 @@ impl MlflowSink {
             Some(view) => view,
             None => self.found_or_made(run, started_unix_ms, is_start).await?,
         };
+        self.remember(&run.instance, &view.id);
         let fence = view.fence();
         let owner = view.tags.get(MACHINE).cloned().unwrap_or_default();
         if fence > run.fence {
@@ -156,7 +157,6 @@ impl MlflowSink {
             let tags = items([(FENCE, fence.as_str()), (MACHINE, run.machine_id.as_str())]);
             self.log_tags(&view.id, tags).await?;
         }
-        self.remember(&run.instance, &view.id);
         Ok(view)
     }
 
@@ -229,6 +229,15 @@ impl MlflowSink {
             self.client.post("runs/delete", &json!({ "run_id": loser.id })).await?;
         }
         Ok(winner)
+    }
+
+    /// Deletes the empty twins of a run: a request to make it that was given up may have been carried out later.
+    pub(super) async fn drop_twins(&self, view: &RunView, run: &RunRef) -> Result<(), TrackingError> {
+        let there = self.runs_of(&view.experiment_id, run).await?.active;
+        for twin in there.iter().filter(|twin| twin.id != view.id && !twin.is_settled()) {
+            self.client.post("runs/delete", &json!({ "run_id": twin.id })).await?;
+        }
+        Ok(())
     }
 
     /// The runs of an instance.
