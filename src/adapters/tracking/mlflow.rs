@@ -32,6 +32,8 @@ use crate::job::service::MlflowConfig;
 
 /// Runs whose identity on the server is remembered.
 const REMEMBERED_MAX: usize = 1024;
+/// Further attempts at a run that goes away meanwhile.
+const TRIES_MAX: usize = 5;
 /// Tag with the fence and the time of the newest start, `fence:milliseconds`.
 const STARTED: &str = "boxwright.started";
 /// Tag with the parameters that a later attempt has otherwise.
@@ -112,8 +114,8 @@ impl MlflowSink {
         tags.extend(notes.tags());
         // Last, since it says that the rest is there.
         tags.push((STARTED.to_owned(), format!("{}:{}", start.run.fence, start.at_unix_ms)));
-        let tags = items(tags.iter().map(|(key, value)| (key.as_str(), value.as_str())));
-        self.log_tags(&view.id, tags).await?;
+        let tags: Vec<_> = tags.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        self.tag(&view, &tags).await?;
         Ok(view)
     }
 
@@ -140,12 +142,14 @@ impl MlflowSink {
         }
         tags.extend(end.best_url.as_deref().map(|url| ("boxwright.best_url", url)));
         tags.extend(end.val_fingerprint.as_deref().map(|print| ("val_fingerprint", print)));
-        self.log_tags(&view.id, items(tags)).await?;
-        self.set_status(&view.id, status, Some(end.at_unix_ms)).await?;
-        if self.is_registering && end.status == "completed" {
+        self.tag(&view, &tags).await?;
+        self.close(&view, status, end.at_unix_ms).await?;
+        self.drop_twins(&view, &end.run).await?;
+        // The tag says that the registry was seen to.
+        if self.is_registering && end.status == "completed" && !view.tags.contains_key(REGISTRY) {
             let said = self.register(&view, end).await?;
             let (said, _) = names::cut(&said, names::TAG_CHARS_MAX);
-            self.log_tags(&view.id, items([(REGISTRY, said.as_str())])).await?;
+            self.tag(&view, &[(REGISTRY, said.as_str())]).await?;
         }
         Ok(view)
     }
@@ -217,16 +221,16 @@ impl Sink for MlflowSink {
     }
 
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
-        let view = match &delivery.body {
-            DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
-            DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
-            DeliveryBody::RunEnd(end) => self.end(end).await.map(Some),
-            DeliveryBody::Files(files) => self.files(files, delivery.at_unix_ms).await,
-            DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
-                let what = "the tracking server takes runs, their samples and their files".to_owned();
-                Err(TrackingError::Delivery { what })
+        let mut view = self.make(delivery).await;
+        for _ in 0..TRIES_MAX {
+            // The run may have gone while we wrote to it: another machine that made one in the same moment keeps its own.
+            let is_suspect =
+                matches!(view, Err(TrackingError::Refused { .. } | TrackingError::Missing { .. }));
+            if !is_suspect || !self.is_gone(&delivery.body.run().instance).await {
+                break;
             }
-        };
+            view = self.make(delivery).await;
+        }
         let view = view.map_err(|error| self.verdict(error, delivery))?;
         let notes = view.map(|view| {
             let url = self.page(&view);
@@ -237,6 +241,24 @@ impl Sink for MlflowSink {
 }
 
 impl MlflowSink {
+    async fn make(&self, delivery: &Delivery) -> Result<Option<RunView>, TrackingError> {
+        match &delivery.body {
+            DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
+            DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
+            DeliveryBody::RunEnd(end) => self.end(end).await.map(Some),
+            DeliveryBody::Files(files) => self.files(files, delivery.at_unix_ms).await,
+            DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
+                let what = "the tracking server takes runs, their samples and their files".to_owned();
+                Err(TrackingError::Delivery { what })
+            }
+        }
+    }
+
+    /// True when the run that we wrote to is there no longer.
+    async fn is_gone(&self, instance: &str) -> bool {
+        self.remembered(instance).is_some() && matches!(self.known(instance).await, Ok(None))
+    }
+
     /// What a failure means for the delivery.
     fn verdict(&self, error: TrackingError, delivery: &Delivery) -> DeliveryError {
         // Rather one lane than all, once it looks as if the server failed at this delivery only.

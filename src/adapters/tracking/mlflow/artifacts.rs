@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tokio::io::AsyncReadExt;
 
 use super::MlflowSink;
-use super::runs::{RunView, items};
+use super::runs::RunView;
 use crate::adapters::tracking::TrackingError;
 use crate::job::delivery::RunRef;
 
@@ -102,7 +102,7 @@ impl MlflowSink {
             };
             let uri = without_secrets(&view.artifact_uri);
             let said = format!("not sent: the server takes none for {uri}; they are in {place}");
-            return self.log_tags(&view.id, items([(ARTIFACTS, said.as_str())])).await;
+            return self.tag(view, &[(ARTIFACTS, said.as_str())]).await;
         };
         let folder = run.run_dir.clone();
         let unreadable = |source| TrackingError::File { path: run.run_dir.clone(), source };
@@ -133,7 +133,7 @@ impl MlflowSink {
         if left_out > 0 {
             said.push_str(&format!(", {left_out} left out (refused, or beyond {FILES_MAX} files of 10 MiB)"));
         }
-        self.log_tags(&view.id, items([(ARTIFACTS, said.as_str())])).await
+        self.tag(view, &[(ARTIFACTS, said.as_str())]).await
     }
 }
 

@@ -66,12 +66,6 @@ impl MlflowSink {
 
     async fn enter(&self, view: &RunView, end: &RunEndBody, url: &str) -> Result<String, TrackingError> {
         let study = &end.run.study_name;
-        let made = self.client.post("registered-models/create", &json!({ "name": study })).await;
-        if let Err(error) = made
-            && !error.is_already_there()
-        {
-            return Err(error);
-        }
         let (version, tags) = self.version(view, end, url).await?;
         let stands = self.settle_best(study, &version, Score::read(&tags)).await?;
         Ok(format!("version {version} of {study}{}", if stands { ", best" } else { "" }))
@@ -87,6 +81,12 @@ impl MlflowSink {
         let run = &end.run;
         if let Some(found) = self.version_there(run).await? {
             return Ok(found);
+        }
+        let made = self.client.post("registered-models/create", &json!({ "name": run.study_name })).await;
+        if let Err(error) = made
+            && !error.is_already_there()
+        {
+            return Err(error);
         }
         let mut tags = vec![
             (INSTANCE, run.instance.clone()),

@@ -15,6 +15,10 @@ pub(super) const INSTANCE: &str = "boxwright.instance";
 pub(super) const FENCE: &str = "boxwright.fence";
 /// Tag with the machine of the owner.
 pub(super) const MACHINE: &str = "boxwright.machine";
+/// Tag of a run that somebody uses.
+const SETTLED: &str = "boxwright.settled";
+/// Attempts to agree with other machines on a run.
+const TRIES_MAX: usize = 8;
 /// Runs of one instance that are looked at (one is right, a second is an accident).
 const RUNS_MAX: usize = 50;
 /// Tags or parameters of one request.
@@ -37,8 +41,17 @@ pub(super) struct RunView {
     pub(super) tags: HashMap<String, String>,
     pub(super) params: HashMap<String, String>,
     pub(super) latest: HashMap<String, Latest>,
+    end_unix_ms: Option<i64>,
     is_active: bool,
     start_unix_ms: i64,
+}
+
+/// Runs of one instance.
+struct Runs {
+    /// The one to use first.
+    active: Vec<RunView>,
+    /// A deleted one.
+    deleted: Option<String>,
 }
 
 /// A whole number; some servers write large ones as text.
@@ -78,9 +91,15 @@ impl RunView {
             tags: pairs(&data["tags"]),
             params: pairs(&data["params"]),
             latest: latest.collect(),
+            end_unix_ms: whole(&info["end_time"]),
             is_active: info["lifecycle_stage"].as_str() != Some("deleted"),
             start_unix_ms: whole(&info["start_time"]).unwrap_or(i64::MAX),
         })
+    }
+
+    /// True when somebody uses it.
+    fn is_settled(&self) -> bool {
+        self.tags.contains_key(SETTLED)
     }
 
     /// The fencing number of the owner; 0 when nobody said one.
@@ -127,6 +146,7 @@ impl MlflowSink {
             Some(view) => view,
             None => self.found_or_made(run, started_unix_ms, is_start).await?,
         };
+        self.remember(&run.instance, &view.id);
         let fence = view.fence();
         let owner = view.tags.get(MACHINE).cloned().unwrap_or_default();
         if fence > run.fence {
@@ -137,12 +157,11 @@ impl MlflowSink {
             let tags = items([(FENCE, fence.as_str()), (MACHINE, run.machine_id.as_str())]);
             self.log_tags(&view.id, tags).await?;
         }
-        self.remember(&run.instance, &view.id);
         Ok(view)
     }
 
     /// The run that we have seen before, if it is still there.
-    async fn known(&self, instance: &str) -> Result<Option<RunView>, TrackingError> {
+    pub(super) async fn known(&self, instance: &str) -> Result<Option<RunView>, TrackingError> {
         let Some(id) = self.remembered(instance) else { return Ok(None) };
         let answer = match self.client.get("runs/get", &[("run_id", &id)]).await {
             Ok(answer) => RunView::read(&answer["run"]).filter(|view| view.is_active),
@@ -163,13 +182,34 @@ impl MlflowSink {
         is_start: bool,
     ) -> Result<RunView, TrackingError> {
         let experiment_id = self.experiment(&run.study_name, is_start).await?;
-        let (active, deleted) = self.runs_of(&experiment_id, run).await?;
-        if let Some(view) = active {
-            return Ok(view);
+        let mut tries = 0;
+        loop {
+            let mut there = self.runs_of(&experiment_id, run).await?;
+            let view = match there.active.is_empty() {
+                false => there.active.swap_remove(0),
+                true => match there.deleted {
+                    Some(id) => return Err(TrackingError::Deleted { what: format!("run {id}") }),
+                    None => self.made(&experiment_id, run, started_unix_ms).await?,
+                },
+            };
+            match self.tag(&view, &[(SETTLED, "yes")]).await {
+                // Another machine threw it away in favour of its own.
+                Err(TrackingError::Refused { .. }) if tries < TRIES_MAX => tries += 1,
+                other => return other.map(|()| view),
+            }
         }
-        if let Some(view) = deleted {
-            return Err(TrackingError::Deleted { what: format!("run {}", view.id) });
-        }
+    }
+
+    /// A new run, or the one that another machine made in the same moment.
+    ///
+    /// Whoever has made one looks again. Of several the one that somebody has settled for stays, else the first by time and
+    /// identity, so that all choose the same; the others are deleted.
+    async fn made(
+        &self,
+        experiment_id: &str,
+        run: &RunRef,
+        started_unix_ms: i64,
+    ) -> Result<RunView, TrackingError> {
         let tags = identity(run);
         let body = json!({
             "experiment_id": experiment_id,
@@ -179,23 +219,29 @@ impl MlflowSink {
         });
         let answer = self.client.post("runs/create", &body).await?;
         let mine = RunView::read(&answer["run"]).ok_or_else(|| unexpected("runs/create", "run"))?;
-        // Another machine may have made one in the same moment: both keep the same one of the two.
-        let (winner, _) = self.runs_of(&experiment_id, run).await?;
-        match winner {
-            Some(winner) if winner.id != mine.id => {
-                self.client.post("runs/delete", &json!({ "run_id": mine.id })).await?;
-                Ok(winner)
-            }
-            _ => Ok(mine),
+        let mut there = self.runs_of(experiment_id, run).await?.active;
+        if there.is_empty() {
+            return Ok(mine);
         }
+        let winner = there.remove(0);
+        let is_mine = winner.id == mine.id;
+        for loser in there.iter().filter(|view| view.id == mine.id || (is_mine && !view.is_settled())) {
+            self.client.post("runs/delete", &json!({ "run_id": loser.id })).await?;
+        }
+        Ok(winner)
     }
 
-    /// The first active and the first deleted run of an instance.
-    async fn runs_of(
-        &self,
-        experiment_id: &str,
-        run: &RunRef,
-    ) -> Result<(Option<RunView>, Option<RunView>), TrackingError> {
+    /// Deletes the empty twins of a run: a request to make it that was given up may have been carried out later.
+    pub(super) async fn drop_twins(&self, view: &RunView, run: &RunRef) -> Result<(), TrackingError> {
+        let there = self.runs_of(&view.experiment_id, run).await?.active;
+        for twin in there.iter().filter(|twin| twin.id != view.id && !twin.is_settled()) {
+            self.client.post("runs/delete", &json!({ "run_id": twin.id })).await?;
+        }
+        Ok(())
+    }
+
+    /// The runs of an instance.
+    async fn runs_of(&self, experiment_id: &str, run: &RunRef) -> Result<Runs, TrackingError> {
         let instance = names::quoted(&run.instance).ok_or_else(|| TrackingError::Delivery {
             what: format!("the instance {:?} cannot be searched for", run.instance),
         })?;
@@ -207,10 +253,13 @@ impl MlflowSink {
         });
         let answer = self.client.post("runs/search", &body).await?;
         let runs = answer["runs"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let mut views: Vec<RunView> = runs.iter().filter_map(RunView::read).collect();
-        views.sort_by(|a, b| (a.start_unix_ms, &a.id).cmp(&(b.start_unix_ms, &b.id)));
-        let (active, deleted): (Vec<_>, Vec<_>) = views.into_iter().partition(|view| view.is_active);
-        Ok((active.into_iter().next(), deleted.into_iter().next()))
+        let views = runs.iter().filter_map(RunView::read);
+        let (mut active, deleted): (Vec<_>, Vec<_>) = views.partition(|view| view.is_active);
+        active.sort_by(|a, b| {
+            let key = |view: &RunView| (!view.is_settled(), view.start_unix_ms);
+            key(a).cmp(&key(b)).then_with(|| a.id.cmp(&b.id))
+        });
+        Ok(Runs { active, deleted: deleted.into_iter().next().map(|view| view.id) })
     }
 
     /// The experiment of a study, made when it is missing. A deleted one comes back when a run begins.
@@ -263,6 +312,12 @@ impl MlflowSink {
         self.log(run_id, "tags", tags, ITEMS_MAX).await
     }
 
+    /// Sets those tags that the run does not have so, in order. A delivery that failed half-way goes on where it was.
+    pub(super) async fn tag(&self, view: &RunView, tags: &[(&str, &str)]) -> Result<(), TrackingError> {
+        let is_new = |(key, value): &(&str, &str)| view.tags.get(*key).is_none_or(|there| there != value);
+        self.log_tags(&view.id, items(tags.iter().copied().filter(is_new))).await
+    }
+
     /// Sets parameters, in order. They must be new.
     pub(super) async fn log_params(&self, run_id: &str, params: Vec<Json>) -> Result<(), TrackingError> {
         self.log(run_id, "params", params, ITEMS_MAX).await
@@ -280,6 +335,19 @@ impl MlflowSink {
             self.client.post("runs/log-batch", &json!({ "run_id": run_id, list: batch })).await?;
         }
         Ok(())
+    }
+
+    /// Ends a run, unless it has ended so.
+    pub(super) async fn close(
+        &self,
+        view: &RunView,
+        status: &str,
+        end_unix_ms: i64,
+    ) -> Result<(), TrackingError> {
+        if view.status == status && view.end_unix_ms == Some(end_unix_ms.max(0)) {
+            return Ok(());
+        }
+        self.set_status(&view.id, status, Some(end_unix_ms)).await
     }
 
     /// Sets the status of a run, and its end when it has one.
