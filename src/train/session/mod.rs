@@ -33,6 +33,7 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use initial::{Branch, freeze, head_branch, initialise};
+pub use memory::batch_on;
 pub use network::{Compute, Found, Network, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
