@@ -106,7 +106,11 @@ pub(super) fn duplicates(train: &Split, val: &Split, folder: &Path) -> Result<Du
         .zip(&sizes)
         .map(|((path, _), size)| {
             let is_alone = of_size.get(size).is_none_or(|count| *count < 2);
-            if is_alone { Ok(None) } else { decode::read_limited(path).map(|b| Some(Sha256::digest(b).into())) }
+            if is_alone {
+                Ok(None)
+            } else {
+                decode::read_limited(path).map(|b| Some(Sha256::digest(b).into()))
+            }
         })
         .collect::<Result<Vec<Option<[u8; 32]>>, DataError>>()?;
     let mut out = Duplicates::default();
@@ -149,7 +153,10 @@ mod tests {
         assert_eq!([1.0, 0.5, 0.4999, 0.25, 1e-9].map(side_bin), [0, 0, 1, 1, SIDE_BINS - 1]);
         assert_eq!([0.1, 0.125, 0.9, 1.0, 7.9, 8.0, 1e9].map(aspect_bin), [0, 1, 3, 4, 6, 7, 7]);
         // 8 pixels of 32 are a quarter of the side; a tenth measures 8 pixels at 80, and so first at 96.
-        assert_eq!([1.0, 0.25, 0.2499, 0.1, 8.0 / 640.0, 1e-12, 0.0].map(reach_bin), [0, 0, 1, 2, 19, 59, 59]);
+        assert_eq!(
+            [1.0, 0.25, 0.2499, 0.1, 8.0 / 640.0, 1e-12, 0.0].map(reach_bin),
+            [0, 0, 1, 2, 19, 59, 59]
+        );
         assert_eq!(quantile(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 0.1), Some(1));
         assert_eq!(quantile(&[1, 2, 3], 0.5), Some(2));
         assert_eq!((quantile(&[1, 2, 3], 1.0), quantile::<u8>(&[], 0.5)), (Some(3), None));

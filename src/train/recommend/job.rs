@@ -7,14 +7,14 @@ use super::Recommendation;
 /// Longest task id made of a name, characters.
 const NAME_MAX: usize = 80;
 
-/// The job as YAML, the reasons as comments above it. `device` is written when it is given.
-pub fn yaml(data: &Path, recommended: &Recommendation, device: Option<&str>) -> String {
+/// The job as YAML, with the reasons as comments above it where they are wanted. `device` is written when it is given.
+pub fn yaml(data: &Path, recommended: &Recommendation, device: Option<&str>, with_reasons: bool) -> String {
     let Recommendation { goal, imgsz, model, batch, epochs, warm_start, warnings, lines } = recommended;
     let mut out = format!("# Recommended by `boxwright recommend` for the goal {}.\n", goal.word());
-    for line in lines {
+    for line in lines.iter().filter(|_| with_reasons) {
         out.push_str(&comment(&format!("{}: {}", line.key, line.because)));
     }
-    for warning in warnings {
+    for warning in warnings.iter().filter(|_| with_reasons) {
         out.push_str(&comment(&format!("warning: {warning}")));
     }
     out.push_str(&format!(

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::data::metadata::Metadata;
+use crate::train::args::MODELS;
 use crate::train::error::TrainError;
 
 /// Part of the key that recommendations are cached under: changes whenever a rule changes.
@@ -140,6 +141,25 @@ pub struct Recommendation {
     pub warnings: Vec<String>,
     /// Why everything is as it is, one line for each choice.
     pub lines: Vec<Reason>,
+}
+
+impl Recommendation {
+    /// Whether this, which comes from a cache, can be an answer for this goal and history. What other machines share may
+    /// be anything.
+    pub fn is_sound(&self, goal: Goal, history: &[EarlierRun]) -> bool {
+        let is_known = |warm: &WarmStart| {
+            history.iter().any(|run| run.weights == warm.weights && run.task_id == warm.task_id)
+        };
+        let texts = self.lines.iter().flat_map(|line| [&line.key, &line.value, &line.because]);
+        self.goal == goal
+            && MODELS.contains(&self.model.as_str())
+            && self.imgsz > 0
+            && self.imgsz.is_multiple_of(32)
+            && self.batch > 0
+            && self.epochs > 0
+            && self.warm_start.iter().all(is_known)
+            && texts.chain(&self.warnings).all(|text| !text.chars().any(char::is_control))
+    }
 }
 
 /// Recommends a run.

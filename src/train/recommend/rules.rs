@@ -117,11 +117,8 @@ pub fn network(data: &Metadata, is_gpu: bool, goal: Goal) -> Chosen<usize> {
         (Some(from), None) => format!("{} and more", count(from)),
         (None, None) => unreachable!("the ladder has steps"),
     };
-    let mut because = format!(
-        "{} is the size for {range} training images, and there are {}",
-        LADDER[rung],
-        count(images)
-    );
+    let mut because =
+        format!("{} is the size for {range} training images, and there are {}", LADDER[rung], count(images));
     if aimed != rung {
         let way = if aimed < rung { "smaller" } else { "larger" };
         because.push_str(&format!("; the goal {} takes one {way}, {}", goal.word(), LADDER[aimed]));

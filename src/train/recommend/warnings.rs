@@ -80,8 +80,11 @@ fn faulty(data: &Metadata, out: &mut Vec<String>) {
 fn classes(data: &Metadata, out: &mut Vec<String>) {
     let named = |which: &mut dyn Iterator<Item = usize>| -> Option<String> {
         let which: Vec<usize> = which.collect();
-        let list: Vec<String> =
-            which.iter().take(CLASSES_SHOWN).filter_map(|i| Some(format!("`{}`", data.names.get(*i)?))).collect();
+        let list: Vec<String> = which
+            .iter()
+            .take(CLASSES_SHOWN)
+            .filter_map(|i| Some(format!("`{}`", data.names.get(*i)?)))
+            .collect();
         let more = which.len().saturating_sub(CLASSES_SHOWN);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         (!which.is_empty()).then(|| format!("{}{more}", list.join(", ")))
@@ -90,7 +93,8 @@ fn classes(data: &Metadata, out: &mut Vec<String>) {
     if let Some(names) = named(&mut (0..train.len()).filter(|&i| train[i] == 0)) {
         out.push(format!("no training box of {names}: nothing can be learnt of it"));
     }
-    if let Some(names) = named(&mut (0..train.len().min(val.len())).filter(|&i| train[i] > 0 && val[i] == 0)) {
+    if let Some(names) = named(&mut (0..train.len().min(val.len())).filter(|&i| train[i] > 0 && val[i] == 0))
+    {
         out.push(format!("no validation box of {names}: it is not measured"));
     }
     if let Some(names) = named(&mut (0..train.len()).filter(|&i| (1..CLASS_BOXES_MIN).contains(&train[i]))) {

@@ -6,6 +6,7 @@ mod epoch;
 mod feed;
 mod feeding;
 mod finish;
+mod identity;
 mod initial;
 mod memory;
 mod network;
@@ -32,6 +33,7 @@ use crate::data::{Dataset, Split, ValLoader};
 use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
+pub use identity::{DataIdentity, data_identity};
 pub use initial::{Branch, freeze, head_branch, initialise};
 pub use memory::batch_on;
 pub use network::{Compute, Found, Network, TimedLaunch};
