@@ -84,7 +84,7 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     if args.json {
         print_json(&args, &described, &answer, &plain);
     } else {
-        print_text(&described.metadata, &answer.recommended, &plain);
+        print!("{}\n{plain}", answer.recommended.text(&described.metadata));
         if let Some(path) = &args.write {
             println!("\nwritten to {}: `boxwright submit` takes it", path.display());
         }
@@ -197,31 +197,6 @@ fn write_new(path: &Path, text: &str) -> Result<(), CliError> {
         let _ = std::fs::remove_file(path);
         failed(error)
     })
-}
-
-fn print_text(data: &Metadata, recommended: &Recommendation, yaml: &str) {
-    print!("{}", text(data, recommended));
-    print!("\n{yaml}");
-}
-
-/// The answer for people.
-pub fn text(data: &Metadata, recommended: &Recommendation) -> String {
-    let mut out = format!(
-        "data        {} + {} images, {} boxes ({:.1} an image), {} classes; fingerprint {}\n",
-        data.train.images,
-        data.val.images,
-        data.train.boxes + data.val.boxes,
-        data.train.boxes_per_image(),
-        data.names.len(),
-        data.fingerprint.get(..12).unwrap_or_default()
-    );
-    for line in &recommended.lines {
-        out.push_str(&format!("{:<11} {}: {}\n", line.key, line.value, line.because));
-    }
-    for warning in &recommended.warnings {
-        out.push_str(&format!("warning: {warning}\n"));
-    }
-    out
 }
 
 fn print_json(args: &Args, described: &Described, answer: &Answer, yaml: &str) {

@@ -144,6 +144,26 @@ pub struct Recommendation {
 }
 
 impl Recommendation {
+    /// The answer for people: the data, a line for each choice, the warnings.
+    pub fn text(&self, data: &Metadata) -> String {
+        let mut out = format!(
+            "data        {} + {}, {} ({:.1} an image), {}; fingerprint {}\n",
+            words::count(data.train.images),
+            words::counted(data.val.images, "image", "images"),
+            words::counted(data.train.boxes + data.val.boxes, "box", "boxes"),
+            data.train.boxes_per_image(),
+            words::counted(data.names.len(), "class", "classes"),
+            data.fingerprint.get(..12).unwrap_or_default()
+        );
+        for line in &self.lines {
+            out.push_str(&format!("{:<11} {}: {}\n", line.key, line.value, line.because));
+        }
+        for warning in &self.warnings {
+            out.push_str(&format!("warning: {warning}\n"));
+        }
+        out
+    }
+
     /// Whether this, which comes from a cache, can be an answer for this goal and history. What other machines share may
     /// be anything.
     pub fn is_sound(&self, goal: Goal, history: &[EarlierRun]) -> bool {

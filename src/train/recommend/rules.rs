@@ -28,9 +28,9 @@ pub struct Chosen<T> {
 }
 
 /// The networks from small to large.
-const LADDER: [&str; 5] = ["yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"];
+pub(super) const LADDER: [&str; 5] = ["yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"];
 /// Training images from which the next network of the ladder is taken.
-const IMAGES_FROM: [usize; 4] = [1_500, 10_000, 50_000, 100_000];
+pub(super) const IMAGES_FROM: [usize; 4] = [1_500, 10_000, 50_000, 100_000];
 /// Input sizes are multiples of the coarsest stride.
 const STRIDE: usize = 32;
 /// No input is smaller, pixels.
@@ -85,14 +85,15 @@ pub fn input_size(data: &Metadata, goal: Goal) -> Chosen<usize> {
         if asked > 4096 { "more than 4096 px".into() } else { format!("{asked} px") }
     );
     let goal = goal.word();
+    let native_px = train.longer_p50_px;
     let bound = if value == asked {
         String::new()
-    } else if value == native {
-        format!("; the median image is {} px long, and enlarging adds no detail", train.longer_p50_px)
-    } else if value == most {
+    } else if value < asked && value == most {
         format!("; {most} px is the most for the goal {goal}")
-    } else {
+    } else if value > asked && value == least {
         format!("; {least} px is the least for the goal {goal}")
+    } else {
+        format!("; the median image is {native_px} px long, and enlarging adds no detail")
     };
     Chosen { value, because: format!("{basis}{bound}") }
 }
