@@ -109,6 +109,8 @@ fn killed_again_and_again_it_ends_in_the_same_bits() {
     assert_eq!(code, Some(0));
     let result = result.expect("a result");
     assert_eq!((result.status.as_str(), result.epochs), ("completed", Some(3)));
+    let measured_on = boxwright::data::metadata::val_fingerprint(Path::new(&args.data)).expect("told");
+    assert_eq!(result.val_fingerprint, Some(measured_on));
     let run_dir = root.path().join("killed");
     // Right at the start, within an epoch, between weights and checkpoint, during validation.
     for (event, count) in [("started", 1), ("step", 2), ("epoch", 1), ("step", 2), ("validated", 1)] {
@@ -147,6 +149,7 @@ fn stop_checkpoint_and_a_gone_supervisor_are_obeyed() {
     let (code, result) = Trainer::start(&missing, &root.path().join("bad")).end();
     let result = result.expect("a result");
     assert_eq!((code, result.class.as_deref()), (Some(11), Some("data")));
+    assert_eq!(result.val_fingerprint, None);
     assert!(result.reason.is_some_and(|r| r.contains("/nowhere")));
 }
 

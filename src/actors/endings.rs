@@ -178,6 +178,8 @@ fn result_json(result: &ChildResult) -> Json {
         "last": result.last,
         "epochs": result.epochs,
         "attempt": result.attempt,
+        "data_fingerprint": result.data_fingerprint,
+        "val_fingerprint": result.val_fingerprint,
     })
 }
 

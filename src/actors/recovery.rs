@@ -109,6 +109,8 @@ mod tests {
             best: None,
             last: None,
             epochs: Some(3),
+            data_fingerprint: None,
+            val_fingerprint: None,
         };
         result.write(&result_path(&record.run_dir)).expect("writable");
     }

@@ -12,6 +12,7 @@ mod plan;
 mod predict;
 mod probe;
 mod profile;
+mod recommend;
 mod resume;
 mod run;
 mod session_console;
@@ -144,6 +145,7 @@ enum Command {
     /// Layers, products and exact bytes of a model, before anything is allocated
     Plan(plan::Args),
     Profile(profile::Args),
+    Recommend(recommend::Args),
     Doctor(doctor::Args),
     /// Measure speed on this machine
     Bench(bench::Args),
@@ -165,6 +167,7 @@ fn dispatch(command: Command) -> Result<ExitCode, CliError> {
         Command::Dataset(args) => dataset::run(args).map_err(CliError::from),
         Command::Plan(args) => plan::run(args),
         Command::Profile(args) => profile::run(args),
+        Command::Recommend(args) => recommend::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),
     }

@@ -14,7 +14,7 @@ use crate::train::child::{ChildResult, ChildSpec, ExitCode, JobMode};
 use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::{Command, Observer, OutcomeKind, SessionEvent, Stamped};
-use crate::train::session::{Outcome, Session, SessionSpec, evaluate};
+use crate::train::session::{DataIdentity, Outcome, Session, SessionSpec, data_identity, evaluate};
 
 /// Longest line that is read from the supervisor.
 const LINE_BYTES_MAX: u64 = 4096;
@@ -100,6 +100,8 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
     let orders = Arc::new(Orders::default());
     listen(Arc::clone(&orders)).map_err(|e| CliError::failed_from("cannot start a thread", e))?;
     let mut pipe = Pipe { orders: Arc::clone(&orders) };
+    // Before the session reads the data: what is changed while it trains is not what it was measured on.
+    let identity = std::panic::catch_unwind(AssertUnwindSafe(|| data_identity(&spec.args)));
     // A fault of the program ends this job with a result that says so.
     let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| train(&spec, &mut pipe)));
     let outcome = outcome.unwrap_or_else(|panic| {
@@ -109,7 +111,22 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
         Err(error)
     });
     let is_orphaned = orders.is_orphaned.load(Ordering::SeqCst) && !orders.stop.load(Ordering::SeqCst);
-    let (code, result) = conclude(&spec, outcome, is_orphaned);
+    let identity = match identity {
+        Ok(Ok(identity)) => identity,
+        fault => {
+            let reason = fault.map_or_else(
+                |panic| panic_text(panic.as_ref()),
+                |told| told.map_or_else(|e| e.chain(), |_| String::new()),
+            );
+            // A run that failed has told the reason better.
+            if outcome.is_ok() {
+                let message = format!("the result does not say which data it was measured on: {reason}");
+                pipe.event(&SessionEvent::Warning { message });
+            }
+            DataIdentity::default()
+        }
+    };
+    let (code, result) = conclude(&spec, outcome, identity, is_orphaned);
     if let Some(result) = result
         && let Err(error) = result.write(&spec.result_path)
     {
@@ -148,6 +165,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 fn conclude(
     spec: &ChildSpec,
     outcome: Result<Outcome, TrainError>,
+    identity: DataIdentity,
     is_orphaned: bool,
 ) -> (ExitCode, Option<ChildResult>) {
     let blank = ChildResult {
@@ -161,6 +179,8 @@ fn conclude(
         best: None,
         last: None,
         epochs: None,
+        data_fingerprint: None,
+        val_fingerprint: None,
     };
     match outcome {
         Err(error) => {
@@ -182,6 +202,8 @@ fn conclude(
                 best: outcome.best,
                 last: outcome.last,
                 epochs: (spec.mode == JobMode::Train).then_some(outcome.epochs),
+                data_fingerprint: identity.data,
+                val_fingerprint: identity.val,
                 ..blank
             };
             (code, Some(result))

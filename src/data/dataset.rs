@@ -225,12 +225,12 @@ fn check_classes(options: &DatasetOptions, class_count: usize) -> Result<(), Dat
     }
 }
 
-fn open_split(
+/// The images of a split by path: those that [`DatasetOptions::fraction`] leaves, looked at by nobody yet.
+pub(super) fn split_images(
     config: &DataConfig,
-    names: &[String],
     name: SplitName,
     options: &DatasetOptions,
-) -> Result<(Split, super::report::SplitReport), DataError> {
+) -> Result<Vec<PathBuf>, DataError> {
     let places = match name {
         SplitName::Train => &config.train,
         SplitName::Val => &config.val,
@@ -255,6 +255,16 @@ fn open_split(
         SplitName::Test => 2,
     }];
     images.truncate(fraction.of(images.len()));
+    Ok(images)
+}
+
+fn open_split(
+    config: &DataConfig,
+    names: &[String],
+    name: SplitName,
+    options: &DatasetOptions,
+) -> Result<(Split, super::report::SplitReport), DataError> {
+    let images = split_images(config, name, options)?;
     let cache_folder =
         (!options.no_index).then(|| options.cache_folder.clone().unwrap_or_else(index::default_cache_folder));
     let settings = ScanSettings {

@@ -1,11 +1,13 @@
-//! The index of a split on disk: what scanning found, kept until the files change.
+//! The index of a split on disk: what scanning found of each image, kept until that image or its labels change.
 //!
 //! One file per split in a cache folder of the user's (never in the dataset, which may be read-only): a first line
 //! with the SHA-256 of the rest, then JSON. A file that does not verify is as good as none.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -13,7 +15,9 @@ use super::labels::Label;
 use super::report::Finding;
 
 /// Changes when the meaning of the index changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Bytes of a stamp: enough that no two of a dataset are equal by chance.
+const STAMP_BYTES: usize = 16;
 
 /// One usable or unusable image as the scan saw it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,25 +34,33 @@ pub(super) struct Entry {
 
 #[derive(Serialize, Deserialize)]
 struct Index {
-    fingerprint: String,
+    settings: String,
+    stamps: Vec<String>,
     entries: Vec<Entry>,
 }
 
-/// Hash of everything the scan's result depends on: names, sizes and times of images and labels, and the settings.
-pub(super) fn fingerprint(images: &[PathBuf], labels: &[PathBuf], settings: &str) -> String {
-    let mut hash = Sha256::new();
-    hash.update(format!("boxwright index {VERSION}\n{settings}\n"));
-    for path in images.iter().zip(labels).flat_map(|(image, label)| [image, label]) {
-        hash.update(path.as_os_str().as_encoded_bytes());
-        if let Ok(meta) = std::fs::metadata(path) {
-            let time =
-                meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
-            hash.update(meta.len().to_le_bytes());
-            hash.update(time.as_nanos().to_le_bytes());
+/// Size in bytes and time of change in nanoseconds since 1970 of a file; `None` when it is not there.
+pub(super) fn size_and_time(path: &Path) -> Option<(u64, u128)> {
+    let meta = std::fs::metadata(path).ok()?;
+    let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    Some((meta.len(), time.as_nanos()))
+}
+
+/// For each image a hash of what its entry depends on: names, sizes and times of the image and its label file.
+pub(super) fn stamps(images: &[PathBuf], labels: &[PathBuf]) -> Vec<String> {
+    let stamp = |(image, label): (&PathBuf, &PathBuf)| {
+        let mut hash = Sha256::new();
+        for path in [image, label] {
+            hash.update(path.as_os_str().as_encoded_bytes());
+            if let Some((size, time)) = size_and_time(path) {
+                hash.update(size.to_le_bytes());
+                hash.update(time.to_le_bytes());
+            }
+            hash.update(b"\n");
         }
-        hash.update(b"\n");
-    }
-    hex(&hash.finalize())
+        hex(&hash.finalize()[..STAMP_BYTES])
+    };
+    images.par_iter().zip(labels).map(stamp).collect()
 }
 
 /// Where the index of a split of a dataset file lies in a cache folder.
@@ -58,8 +70,8 @@ pub(super) fn path_in(folder: &Path, dataset: &Path, split: &str) -> PathBuf {
     folder.join("index").join(format!("{}-{split}.json", &id[..16]))
 }
 
-/// Loads the entries if the file verifies and its fingerprint is this one.
-pub(super) fn load(path: &Path, fingerprint: &str, count: usize) -> Option<Vec<Entry>> {
+/// Loads the entries by stamp if the file verifies and was made with these settings.
+pub(super) fn load(path: &Path, settings: &str) -> Option<HashMap<String, Entry>> {
     let text = std::fs::read_to_string(path).ok()?;
     let (checksum, body) = text.split_once('\n')?;
     if hex(&Sha256::digest(body)) != checksum {
@@ -67,12 +79,17 @@ pub(super) fn load(path: &Path, fingerprint: &str, count: usize) -> Option<Vec<E
         return None;
     }
     let index: Index = serde_json::from_str(body).ok()?;
-    (index.fingerprint == fingerprint && index.entries.len() == count).then_some(index.entries)
+    let is_ours = index.settings == versioned(settings) && index.entries.len() == index.stamps.len();
+    is_ours.then(|| index.stamps.into_iter().zip(index.entries).collect())
+}
+
+fn versioned(settings: &str) -> String {
+    format!("boxwright index {VERSION}: {settings}")
 }
 
 /// Stores the entries; a cache that cannot be written is no fault.
-pub(super) fn store(path: &Path, fingerprint: &str, entries: &[Entry]) {
-    let index = Index { fingerprint: fingerprint.to_owned(), entries: entries.to_vec() };
+pub(super) fn store(path: &Path, settings: &str, stamps: &[String], entries: &[Entry]) {
+    let index = Index { settings: versioned(settings), stamps: stamps.to_vec(), entries: entries.to_vec() };
     let written = serde_json::to_string(&index).map_err(std::io::Error::other).and_then(|body| {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;

@@ -104,7 +104,10 @@ pub struct SplitReport {
     pub findings: Vec<Finding>,
     /// Findings beyond [`FINDINGS_MAX`].
     pub findings_uncounted: usize,
-    /// Whether the index came from the cache.
+    /// Images that were looked at; of the others the index knew everything.
+    #[serde(default)]
+    pub images_scanned: usize,
+    /// Whether everything came from the index.
     pub from_cache: bool,
 }
 

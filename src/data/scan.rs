@@ -24,7 +24,8 @@ pub struct ScanSettings {
     pub cache_folder: Option<PathBuf>,
 }
 
-/// Scans the images of a split (or takes the result from the index) and reports on it.
+/// Scans the images of a split and reports on it. Of images that are as the index knows them the result is taken from
+/// there.
 pub fn scan(
     dataset: &Path,
     split: &str,
@@ -33,19 +34,21 @@ pub fn scan(
 ) -> (Vec<Sample>, SplitReport) {
     let label_files: Vec<PathBuf> = images.iter().map(|image| label_path(image)).collect();
     let described = format!("{} {} {:?}", settings.class_count, settings.single_cls, settings.verify);
-    let fingerprint = index::fingerprint(images, &label_files, &described);
+    let stamps = index::stamps(images, &label_files);
     let cache = settings.cache_folder.as_ref().map(|folder| index::path_in(folder, dataset, split));
-    let cached = cache.as_ref().and_then(|path| index::load(path, &fingerprint, images.len()));
-    let from_cache = cached.is_some();
-    let entries = cached.unwrap_or_else(|| {
-        let entries: Vec<Entry> =
-            images.par_iter().zip(&label_files).map(|(image, label)| look(image, label, settings)).collect();
-        if let Some(path) = &cache {
-            index::store(path, &fingerprint, &entries);
-        }
-        entries
-    });
-    gather(split, images, entries, settings.class_count, from_cache)
+    let index = cache.as_ref().and_then(|path| index::load(path, &described));
+    let has_index = index.is_some();
+    let mut known = index.unwrap_or_default();
+    let found: Vec<Option<Entry>> = stamps.iter().map(|stamp| known.remove(stamp)).collect();
+    let scanned = found.iter().filter(|entry| entry.is_none()).count();
+    let entries: Vec<Entry> = (images, &label_files, found)
+        .into_par_iter()
+        .map(|(image, label, entry)| entry.unwrap_or_else(|| look(image, label, settings)))
+        .collect();
+    if let Some(path) = cache.filter(|_| !has_index || scanned > 0 || !known.is_empty()) {
+        index::store(&path, &described, &stamps, &entries);
+    }
+    gather(split, images, entries, settings.class_count, (scanned, has_index && scanned == 0))
 }
 
 /// Looks at one image and its label file.
@@ -103,10 +106,15 @@ fn gather(
     images: &[PathBuf],
     entries: Vec<Entry>,
     class_count: usize,
-    from_cache: bool,
+    (images_scanned, from_cache): (usize, bool),
 ) -> (Vec<Sample>, SplitReport) {
-    let mut report =
-        SplitReport { split: split.to_owned(), images_found: images.len(), from_cache, ..Default::default() };
+    let mut report = SplitReport {
+        split: split.to_owned(),
+        images_found: images.len(),
+        images_scanned,
+        from_cache,
+        ..Default::default()
+    };
     let mut samples = Vec::with_capacity(images.len());
     for (path, entry) in images.iter().zip(entries) {
         for finding in entry.findings {

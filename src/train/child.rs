@@ -94,6 +94,12 @@ pub struct ChildResult {
     /// Epochs done.
     #[serde(default)]
     pub epochs: Option<u32>,
+    /// Which training and validation data it was, see [`crate::data::metadata::fingerprint`].
+    #[serde(default)]
+    pub data_fingerprint: Option<String>,
+    /// What it was measured on, equal on all machines, see [`crate::data::metadata::val_fingerprint`].
+    #[serde(default)]
+    pub val_fingerprint: Option<String>,
 }
 
 impl ChildResult {

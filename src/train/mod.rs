@@ -13,6 +13,7 @@ pub mod files;
 pub mod plots;
 pub mod predictor;
 pub mod profile;
+pub mod recommend;
 pub mod run_folder;
 pub mod schedule;
 pub mod session;

@@ -3,7 +3,8 @@
 //! Reading goes through the `safetensors` crate, which validates the header. Writing is done here, because two files
 //! with equal content must be equal byte for byte: names and metadata are sorted.
 
-use std::io::Write;
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use ::safetensors::{Dtype as FileDtype, SafeTensors};
@@ -47,6 +48,34 @@ pub fn read_file(path: &Path) -> Result<TensorMap, WeightsError> {
     let bytes =
         std::fs::read(path).map_err(|source| WeightsError::Io { path: path.to_path_buf(), source })?;
     from_bytes(&bytes)
+}
+
+/// Largest header that [`read_texts`] reads, bytes.
+const HEADER_BYTES_MAX: u64 = 64 << 20;
+
+/// The texts that a file says of itself (class names, model), without its tensors. Nothing is checked of those.
+///
+/// # Errors
+/// [`WeightsError`]: the file cannot be read or its header is none.
+pub fn read_texts(path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+    let fault = |reason: String| WeightsError::Safetensors { reason };
+    let io = |source| WeightsError::Io { path: path.to_path_buf(), source };
+    let mut file = std::fs::File::open(path).map_err(io)?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(io)?;
+    let length = u64::from_le_bytes(length);
+    if length > HEADER_BYTES_MAX {
+        return Err(fault(format!("the header has {length} bytes; allowed: {HEADER_BYTES_MAX}")));
+    }
+    let mut header = Vec::new();
+    file.take(length).read_to_end(&mut header).map_err(io)?;
+    #[derive(serde::Deserialize)]
+    struct Header {
+        #[serde(rename = "__metadata__", default)]
+        texts: BTreeMap<String, String>,
+    }
+    let header: Header = serde_json::from_slice(&header).map_err(|error| fault(error.to_string()))?;
+    Ok(header.texts)
 }
 
 /// Reads the bytes of a file.

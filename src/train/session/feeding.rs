@@ -37,7 +37,8 @@ pub(super) fn data_error(data: &str, error: DataError) -> TrainError {
     }
 }
 
-pub(super) fn open_dataset(args: &TrainArgs, reporter: &mut Reporter) -> Result<Dataset, TrainError> {
+/// How a run reads its dataset.
+pub(super) fn dataset_options(args: &TrainArgs) -> Result<DatasetOptions, TrainError> {
     let mut splits = vec![SplitName::Train];
     let validation = split_name(args)?;
     if validation != SplitName::Train {
@@ -47,13 +48,17 @@ pub(super) fn open_dataset(args: &TrainArgs, reporter: &mut Reporter) -> Result<
         Share::Part(part) => Fraction::Share(part),
         Share::Images(count) => Fraction::Count(count as usize),
     };
-    let options = DatasetOptions {
+    Ok(DatasetOptions {
         splits,
         single_cls: args.single_cls,
         classes: args.classes.0.clone(),
         fraction: [share(args.fraction.train), share(args.fraction.val), share(args.fraction.test)],
         ..DatasetOptions::default()
-    };
+    })
+}
+
+pub(super) fn open_dataset(args: &TrainArgs, reporter: &mut Reporter) -> Result<Dataset, TrainError> {
+    let options = dataset_options(args)?;
     let dataset = Dataset::open(Path::new(&args.data), &options).map_err(|e| data_error(&args.data, e))?;
     for note in &dataset.report.notes {
         reporter.warn(note.clone());
@@ -69,7 +74,7 @@ pub(super) fn open_dataset(args: &TrainArgs, reporter: &mut Reporter) -> Result<
     Ok(dataset)
 }
 
-fn split_name(args: &TrainArgs) -> Result<SplitName, TrainError> {
+pub(super) fn split_name(args: &TrainArgs) -> Result<SplitName, TrainError> {
     SplitName::from_key(&args.split).ok_or_else(|| TrainError::Config {
         key: "split".into(),
         message: format!("got {:?}; allowed: train, val, test, minival", args.split),

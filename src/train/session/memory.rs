@@ -39,6 +39,28 @@ pub(super) struct Demand<'a> {
     pub gpu_share_max: f64,
 }
 
+/// The batch that a run with these arguments would be given on a device now, by the same choice that the run itself
+/// makes; `images` and `boxes_max` are those of its training split.
+///
+/// # Errors
+/// [`TrainError::Memory`] with the figures, an unknown model, or the device does not answer.
+pub fn batch_on(
+    args: &TrainArgs,
+    compute: &Compute,
+    nc: usize,
+    (images, boxes_max): (usize, usize),
+) -> Result<Choice, TrainError> {
+    let imgsz = args.imgsz as usize;
+    let side = autobatch::largest_side(imgsz, args.multi_scale, STRIDE_MAX);
+    let largest = build(&args.model, nc, side, side)?;
+    let loss = LossConfig { reg_max: largest.reg_max, ..LossConfig::new(nc) };
+    let network = &Network::new(&args.model, nc, loss.clone(), compute)?;
+    let (largest, loss) = (&largest, &loss);
+    let demand =
+        Demand { args, compute, network, largest, loss, imgsz, images, boxes_max, gpu_share_max: 1.0 };
+    demand.choose()
+}
+
 impl Demand<'_> {
     /// The batch that was asked for or the largest that fits.
     ///

@@ -7,6 +7,7 @@ mod evaluate;
 mod feed;
 mod feeding;
 mod finish;
+mod identity;
 mod initial;
 mod memory;
 mod network;
@@ -34,7 +35,9 @@ use crate::detect::models::Detector;
 use crate::engine::optim::{Ema, Optimizer};
 
 pub use evaluate::evaluate;
+pub use identity::{DataIdentity, data_identity};
 pub use initial::{Branch, freeze, head_branch, initialise};
+pub use memory::batch_on;
 pub use network::{Compute, Found, Network, TimedLaunch};
 pub use pretrained::{LoadedModel, Weights, load_model};
 pub use validate::{Validation, ValidationArgs, validate};
