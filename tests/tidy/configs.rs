@@ -1,5 +1,5 @@
-//! Every file in `configs/` parses as what it is: `service/` holds the service's configuration, everything
-//! else is a job.
+//! Every file in `configs/` parses as what it is: `service/` holds the service's configuration, `compose/` files of
+//! docker-compose.yaml (which have tests of their own), everything else is a job.
 
 use std::path::Path;
 
@@ -33,7 +33,8 @@ fn every_file_in_configs_parses_as_what_it_is() {
     let service = root().join("configs/service");
     let mut breaches = Vec::new();
     let mut jobs = 0;
-    for path in &all {
+    let compose = root().join("configs/compose");
+    for path in all.iter().filter(|path| !path.starts_with(&compose)) {
         let yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml");
         let fault = if path.starts_with(&service) {
             service_fault(path)

@@ -3,6 +3,7 @@
 //!
 //! Each test lists every breach with its file and line, not only the first.
 
+mod compose;
 mod configs;
 mod docs;
 mod rooms;

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Makes the passwords of docker-compose.yaml in secrets/; those that are there stay. The folder is closed to other users;
+# the files in it are readable, since they are mounted as they are into containers that run as somebody else.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+mkdir -p secrets
+chmod 700 secrets
+for name in redis_password store_id store_secret; do
+    if [ ! -s "secrets/$name" ]; then
+        # 24 letters and digits: safe in every configuration file, and as long as MinIO allows and more.
+        text=$(head -c 512 /dev/urandom | LC_ALL=C tr -dc 'A-Za-z0-9' | head -c 24 || true)
+        [ "${#text}" -eq 24 ] || { echo "no random letters from /dev/urandom" >&2; exit 1; }
+        printf '%s' "$text" >"secrets/$name.part"
+        chmod 444 "secrets/$name.part"
+        mv "secrets/$name.part" "secrets/$name"
+        echo "secrets/$name is new"
+    fi
+done
