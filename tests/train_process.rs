@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use boxwright::data::synth::{SynthArgs, write_dataset};
-use boxwright::train::args::{Batch, TrainArgs};
+use boxwright::train::args::{Batch, Source, TrainArgs};
 use boxwright::train::child::{ChildResult, ChildSpec, JobMode};
 
 /// Longest wait for one line of a trainer.
@@ -198,7 +198,7 @@ fn train_and_val_agree_and_end_with_one_line_of_json() {
 #[test]
 fn an_evaluation_speaks_the_same_language() {
     let root = tempfile::tempdir().expect("a folder");
-    let train = TrainArgs { epochs: 1, ..args(root.path()) };
+    let train = TrainArgs { epochs: 1, save_json: true, ..args(root.path()) };
     let trained = root.path().join("trained");
     assert_eq!(Trainer::start(&train, &trained).end().0, Some(0));
     let best = trained.join("weights/best.safetensors").to_string_lossy().into_owned();
@@ -223,6 +223,11 @@ fn an_evaluation_speaks_the_same_language() {
     assert_eq!((&result.metrics, result.fitness.is_some()), (&ended.metrics, true));
     assert_eq!(events[4]["metrics"]["fitness"], result.metrics["fitness"]);
     assert_eq!((result.best, result.last), (None, None), "nothing was learnt");
+    let boxes = |folder: &Path| -> Vec<serde_json::Value> {
+        let text = std::fs::read(folder.join("predictions.json")).expect("is written");
+        serde_json::from_slice(&text).expect("JSON")
+    };
+    assert!(!boxes(&run_dir).is_empty() && boxes(&run_dir) == boxes(&trained), "box by box");
     for name in
         ["args.yaml", "events.jsonl", "confusion_matrix.png", "BoxPR_curve.png", "val_batch0_pred.png"]
     {
@@ -253,4 +258,29 @@ fn an_evaluation_speaks_the_same_language() {
         assert_eq!((left, result.class.as_deref()), (Some(code), Some(class)), "{:?}", result.reason);
         assert!(result.reason.is_some_and(|reason| reason.contains("/nowhere")));
     }
+}
+
+/// What a message to `recreate` becomes: the weights of a run, and the run goes on.
+#[test]
+fn a_job_goes_on_from_the_weights_of_another_run() {
+    let root = tempfile::tempdir().expect("a folder");
+    let first = TrainArgs { epochs: 1, ..args(root.path()) };
+    let trained = root.path().join("first");
+    assert_eq!(Trainer::start(&first, &trained).end().0, Some(0));
+    let last = trained.join("weights/last.safetensors").to_string_lossy().into_owned();
+    let more = TrainArgs { epochs: 2, resume: Source::Path(last), ..first };
+    let run_dir = root.path().join("second");
+    let trainer = Trainer::start(&more, &run_dir);
+    let mut events = Vec::new();
+    while let Ok(event) = trainer.lines.recv_timeout(LIMIT) {
+        events.push(event);
+    }
+    let plan = events.iter().find(|event| event["event"] == "plan").expect("a plan");
+    assert!(plan["resumed_step"].as_u64().is_some_and(|step| step > 0), "{plan}");
+    let epochs: Vec<u64> =
+        events.iter().filter(|e| e["event"] == "epoch").filter_map(|e| e["epoch"].as_u64()).collect();
+    assert_eq!(epochs, [2], "the first was trained before");
+    let (code, result) = trainer.end();
+    assert_eq!((code, result.and_then(|result| result.epochs)), (Some(0), Some(2)));
+    assert!(run_dir.join("weights/last.safetensors").is_file() && weights(&trained) != weights(&run_dir));
 }
