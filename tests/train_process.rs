@@ -7,8 +7,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use boxwright::data::synth::{SynthArgs, write_dataset};
-use boxwright::train::args::{Batch, TrainArgs};
-use boxwright::train::child::{ChildResult, ChildSpec};
+use boxwright::train::args::{Batch, Source, TrainArgs};
+use boxwright::train::child::{ChildResult, ChildSpec, JobMode};
 
 /// Longest wait for one line of a trainer.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -48,6 +48,7 @@ impl Trainer {
             gpu_uuid: None,
             task_id: "t1".into(),
             attempt: 1,
+            mode: args.job_mode(),
             run_dir: run_dir.to_owned(),
             args: args.clone(),
             resume: true,
@@ -195,4 +196,94 @@ fn train_and_val_agree_and_end_with_one_line_of_json() {
         .expect("it runs");
     assert_eq!(refused.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("did you mean `epochs`"));
+}
+
+#[test]
+fn an_evaluation_speaks_the_same_language() {
+    let root = tempfile::tempdir().expect("a folder");
+    let train = TrainArgs { epochs: 1, save_json: true, ..args(root.path()) };
+    let trained = root.path().join("trained");
+    assert_eq!(Trainer::start(&train, &trained).end().0, Some(0));
+    let best = trained.join("weights/best.safetensors").to_string_lossy().into_owned();
+    let args =
+        TrainArgs { mode: "val".into(), model: best, imgsz: 0, rect: true, plots: true, ..train.clone() };
+    assert_eq!(args.job_mode(), JobMode::Evaluate);
+    let run_dir = root.path().join("measured");
+    let trainer = Trainer::start(&args, &run_dir);
+    let mut events = Vec::new();
+    while let Ok(event) = trainer.lines.recv_timeout(LIMIT) {
+        events.push(event);
+    }
+    let names: Vec<&str> = events.iter().filter_map(|event| event["event"].as_str()).collect();
+    assert_eq!(names, ["started", "plan", "validating", "validated", "finished"]);
+    assert_eq!((&events[1]["val_images"], &events[1]["imgsz"]), (&4.into(), &64.into()));
+    assert_eq!((&events[2]["batch"], &events[2]["batches"]), (&1.into(), &1.into()));
+    let (code, result) = trainer.end();
+    let result = result.expect("a result");
+    assert_eq!((code, result.status.as_str(), result.epochs), (Some(0), "completed", None));
+    // The figures are those that the training ended with, from the same weights on the same images.
+    let ended = ChildResult::read(&trained.join("result.json")).expect("a result");
+    assert_eq!((&result.metrics, result.fitness.is_some()), (&ended.metrics, true));
+    assert_eq!(events[4]["metrics"]["fitness"], result.metrics["fitness"]);
+    assert_eq!((result.best, result.last), (None, None), "nothing was learnt");
+    let boxes = |folder: &Path| -> Vec<serde_json::Value> {
+        let text = std::fs::read(folder.join("predictions.json")).expect("is written");
+        serde_json::from_slice(&text).expect("JSON")
+    };
+    assert!(!boxes(&run_dir).is_empty() && boxes(&run_dir) == boxes(&trained), "box by box");
+    for name in
+        ["args.yaml", "events.jsonl", "confusion_matrix.png", "BoxPR_curve.png", "val_batch0_pred.png"]
+    {
+        assert!(run_dir.join(name).is_file(), "{name}");
+    }
+    assert!(!run_dir.join("results.csv").exists() && !run_dir.join("state").exists());
+
+    // Small batches, so that a stop falls between two of them.
+    let slow = TrainArgs { batch: Batch::Images(1), split: "train".into(), plots: false, ..args.clone() };
+    for (orphaned, code) in [(false, Some(130)), (true, Some(131))] {
+        let run_dir = root.path().join(format!("stopped-{orphaned}"));
+        let mut trainer = Trainer::start(&slow, &run_dir);
+        if orphaned {
+            drop(trainer.child.stdin.take());
+        } else {
+            trainer.say("stop");
+        }
+        let (left, result) = trainer.end();
+        assert_eq!(left, code);
+        assert_eq!(result.map(|result| result.status), (!orphaned).then(|| "cancelled".to_owned()));
+    }
+    for (bad, code, class) in [
+        (TrainArgs { data: "/nowhere".into(), ..args.clone() }, 11, "data"),
+        (TrainArgs { model: "/nowhere.safetensors".into(), ..args }, 10, "config"),
+    ] {
+        let (left, result) = Trainer::start(&bad, &root.path().join(format!("bad-{class}"))).end();
+        let result = result.expect("a result");
+        assert_eq!((left, result.class.as_deref()), (Some(code), Some(class)), "{:?}", result.reason);
+        assert!(result.reason.is_some_and(|reason| reason.contains("/nowhere")));
+    }
+}
+
+/// What a message to `recreate` becomes: the weights of a run, and the run goes on.
+#[test]
+fn a_job_goes_on_from_the_weights_of_another_run() {
+    let root = tempfile::tempdir().expect("a folder");
+    let first = TrainArgs { epochs: 1, ..args(root.path()) };
+    let trained = root.path().join("first");
+    assert_eq!(Trainer::start(&first, &trained).end().0, Some(0));
+    let last = trained.join("weights/last.safetensors").to_string_lossy().into_owned();
+    let more = TrainArgs { epochs: 2, resume: Source::Path(last), ..first };
+    let run_dir = root.path().join("second");
+    let trainer = Trainer::start(&more, &run_dir);
+    let mut events = Vec::new();
+    while let Ok(event) = trainer.lines.recv_timeout(LIMIT) {
+        events.push(event);
+    }
+    let plan = events.iter().find(|event| event["event"] == "plan").expect("a plan");
+    assert!(plan["resumed_step"].as_u64().is_some_and(|step| step > 0), "{plan}");
+    let epochs: Vec<u64> =
+        events.iter().filter(|e| e["event"] == "epoch").filter_map(|e| e["epoch"].as_u64()).collect();
+    assert_eq!(epochs, [2], "the first was trained before");
+    let (code, result) = trainer.end();
+    assert_eq!((code, result.and_then(|result| result.epochs)), (Some(0), Some(2)));
+    assert!(run_dir.join("weights/last.safetensors").is_file() && weights(&trained) != weights(&run_dir));
 }

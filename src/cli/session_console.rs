@@ -119,10 +119,14 @@ fn plan_line(event: &SessionEvent) -> String {
     };
     let resumed = resumed_step.map_or(String::new(), |step| format!(", resumed at step {step}"));
     let place = if device == "cpu" { format!("{threads} threads") } else { format!("on {device}") };
+    let network =
+        format!("{parameters} parameters, batch {batch} at {imgsz} px ({} MiB), {place}", arena_bytes >> 20);
+    if *epochs == 0 {
+        return format!("{network}, {val_images} images to evaluate on");
+    }
     format!(
-        "{parameters} parameters, batch {batch} at {imgsz} px ({} MiB), {place}, {images} training and \
-         {val_images} validation images, {epochs} epochs, {optimizer} lr {lr0}{resumed}",
-        arena_bytes >> 20
+        "{network}, {images} training and {val_images} validation images, {epochs} epochs, \
+         {optimizer} lr {lr0}{resumed}"
     )
 }
 

@@ -96,7 +96,7 @@ fn report(args: &Args, run_dir: &Path, outcome: &Outcome) {
             "run_dir": run_dir,
             "best": outcome.best,
             "last": outcome.last,
-            "results": run_dir.join("results.csv"),
+            "results": Some(run_dir.join("results.csv")).filter(|path| path.is_file()),
         });
         println!("{line}");
         return;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use boxwright::adapters::process;
 use boxwright::data::synth::{SynthArgs, write_dataset};
 use boxwright::detect::weights::{Tensor, safetensors};
+use boxwright::job::record::JobRecord;
 use boxwright::job::state::JobState;
 
 use crate::world::World;
@@ -15,8 +16,8 @@ const EPOCHS: usize = 6;
 /// 24 images in batches of 8.
 const BATCHES: usize = 3;
 
-/// A world with the program itself as trainer, a tiny set, and a job that is dropped.
-fn world() -> World {
+/// A world with the program itself as trainer, a tiny set, and a job of so many epochs that is dropped.
+fn world(epochs: usize) -> World {
     // Kills must not exhaust the budget: this test counts losses, not retries.
     let mut world = World::with("trainer: {program: null}\n");
     let service = world.read("service.yaml").replace("killed: {budget: 3", "killed: {budget: 100");
@@ -27,7 +28,7 @@ fn world() -> World {
     world.drop_job(
         "real.yaml",
         format!(
-            "model: yolov8n\ntype: yolo\ntask_id: real\ntrain:\n  data: data/tiny/data.yaml\n  epochs: {EPOCHS}\n  \
+            "model: yolov8n\ntype: yolo\ntask_id: real\ntrain:\n  data: data/tiny/data.yaml\n  epochs: {epochs}\n  \
              imgsz: 64\n  batch: 8\n  nbs: 16\n  workers: 1\n  plots: false\n  pretrained: false\n"
         ),
     );
@@ -51,10 +52,10 @@ fn weights(world: &World, name: &str) -> BTreeMap<String, Tensor> {
 
 #[test]
 fn kills_of_the_real_trainer_and_service_leave_the_same_weights() {
-    let undisturbed = world();
+    let undisturbed = world(EPOCHS);
     undisturbed.wait_state("real", JobState::Completed);
 
-    let mut world = world();
+    let mut world = world(EPOCHS);
     // (epoch after whose checkpoint to strike, the trainer, the service, milliseconds later)
     let strikes = [(1, true, false, 0), (2, false, true, 15), (3, true, true, 40), (4, false, true, 5)];
     let mut struck = 0;
@@ -94,4 +95,23 @@ fn kills_of_the_real_trainer_and_service_leave_the_same_weights() {
         text.lines().map(row).collect::<Vec<_>>()
     };
     assert_eq!(rows(&world), rows(&undisturbed), "one row for each epoch, the same figures");
+}
+
+#[test]
+fn an_evaluation_is_a_job_like_any_other() {
+    let world = world(1);
+    let trained = world.wait_state("real", JobState::Completed);
+    let weights = trained.run_dir.join("weights/best.safetensors");
+    world.drop_job(
+        "measure.yaml",
+        format!(
+            "model: {}\ntype: yolo\ntask_id: measure\ntrain: {{mode: val, data: data/tiny/data.yaml, workers: 1, plots: false}}\n",
+            weights.display()
+        ),
+    );
+    let record = world.wait_state("measure", JobState::Completed);
+    let figures = |record: &JobRecord| record.result.clone().expect("a result")["metrics"].clone();
+    assert_eq!(figures(&record), figures(&trained), "the same weights, the same images");
+    assert_eq!(record.progress.expect("progress")["batches"], 1);
+    assert!(record.run_dir.join("config.effective.yaml").is_file());
 }

@@ -272,3 +272,28 @@ fn a_job_goes_on_elsewhere_after_a_fault_of_its_gpu() {
         .expect("schedules");
     assert_eq!(round.starts[0].seat, 0, "where there is no other, it takes the same");
 }
+
+#[test]
+fn a_job_that_requires_a_gpu_waits_for_one() {
+    let config = ServiceConfig::default();
+    let cases = [
+        (cpus(1), none(), "waits for a GPU: no NVIDIA driver"),
+        (cpus(1), Looked::NotYet, "waits for the first look for GPUs"),
+        (cpus(1), Looked::Failed("the look crashed".into()), "waits for a GPU: the look crashed"),
+        (
+            [cpus(1), vec![gpu(3).seat(Some(&"x".parse().expect("valid")))]].concat(),
+            found(&[]),
+            "waits for GPU 3, which trains x",
+        ),
+    ];
+    for (seats, looked, sentence) in cases {
+        let mut journal = Journal::in_memory().expect("opens");
+        on(&mut journal, &config, "a", "cpu}\nrequires_gpu: true\nmetadata: {x: y");
+        let round = schedule(&mut journal, &config, seats, &looked, i64::MAX / 2).expect("schedules");
+        assert_eq!((round.starts.len(), round.waiting), (0, 1));
+        assert_eq!(reason(&journal, "a"), sentence);
+        let seats = [cpus(1), vec![gpu(3).seat(None)]].concat();
+        let round = schedule(&mut journal, &config, seats, &found(&[]), i64::MAX / 2).expect("schedules");
+        assert_eq!(round.starts.iter().map(|start| start.seat).collect::<Vec<_>>(), [1]);
+    }
+}

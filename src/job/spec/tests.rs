@@ -196,3 +196,68 @@ fn extras_say_where_the_job_computes() {
     assert!(!noted(&load("", "force_gpu: true, gpu: {id: 2}"), "extras.gpu.id"));
     assert_eq!(load("", "gpu: {limit: 0.5}").gpu_share_max, Some(0.5));
 }
+
+#[test]
+fn a_job_evaluates_a_weights_file_that_is_there() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let weights = folder.path().join("odd-name.pt");
+    std::fs::write(&weights, "x").expect("writable");
+    let context = SpecContext { working_dir: folder.path().to_owned(), ..context() };
+    let load = |model: &str, train: &str| {
+        let text = format!("model: {model}\ntype: yolo\ntrain: {{mode: VAL, data: d.yaml{train}}}\n");
+        JobSpec::load(text.as_bytes(), "job.yaml", &context).map(|loaded| loaded.runnable().expect("can run"))
+    };
+    let spec = load("odd-name.pt", ", conf: 0.1, epochs: 3, resume: true").expect("valid");
+    assert_eq!(spec.mode, JobMode::Evaluate);
+    assert_eq!(spec.args.model, weights.to_string_lossy());
+    assert_eq!((spec.args.imgsz, spec.args.rect, spec.args.conf), (0, true, Some(0.1)));
+    assert_eq!(spec.args.resume, Source::Off);
+    let ignored: Vec<&str> = spec.ignored.iter().map(|note| note.key.as_str()).collect();
+    assert_eq!(ignored, ["train.epochs", "train.resume"]);
+    assert!(["train.mode", "train.conf", "model"].iter().all(|key| spec.understood.iter().any(|u| u == key)));
+    let spec = load("odd-name.pt", ", imgsz: 320, rect: false").expect("valid");
+    assert_eq!((spec.args.imgsz, spec.args.rect), (320, false));
+    for model in ["yolov8n", "gone.safetensors", "yolov8n.pt"] {
+        let text = load(model, "").expect_err("nothing to evaluate").to_string();
+        let part = "allowed: a weights file (.safetensors or .pt) that exists";
+        assert!(text.starts_with("job.yaml:1: key `model`: got") && text.contains(part), "{text}");
+    }
+    // A file that is there is not judged by its name when it is trained, either.
+    let text = b"model: odd-name.pt\ntype: yolo\ntrain: {data: d.yaml}\n";
+    let spec = JobSpec::load(text, "job.yaml", &context).expect("valid").runnable().expect("can run");
+    assert_eq!((spec.mode, spec.args.model), (JobMode::Train, weights.to_string_lossy().into_owned()));
+}
+
+#[test]
+fn records_of_before_read_as_training_jobs_that_need_no_gpu() {
+    let spec = load("model: yolov8n\ntype: yolo\ntrain: {data: d}\n").expect("valid").spec;
+    let mut json = serde_json::to_value(&spec).expect("serialises");
+    assert_eq!(json["mode"], "train");
+    let fields = json.as_object_mut().expect("an object");
+    assert!(fields.remove("mode").is_some() && fields.remove("requires_gpu").is_some());
+    assert_eq!(serde_json::from_value::<JobSpec>(json).expect("reads"), spec);
+}
+
+#[test]
+fn a_required_gpu_is_any_gpu() {
+    use crate::train::args::Device;
+    let load = |device: &str, rest: &str| {
+        let text = format!("model: yolov8n\ntype: yolo\ntrain: {{data: d{device}}}\n{rest}");
+        load(&text).expect("valid").spec
+    };
+    let device = |device: &str, rest: &str| {
+        let spec = load(device, rest);
+        assert!(spec.requires_gpu);
+        spec.args.device
+    };
+    assert_eq!(device("", "requires_gpu: true\n"), Device::Default);
+    assert_eq!(device(", device: 2", "requires_gpu: true\n"), Device::Cuda(2));
+    assert_eq!(device(", device: cpu", "requires_gpu: true\n"), Device::Default);
+    assert_eq!(device("", "requires_gpu: true\nextras: {force_cpu: true}\n"), Device::Default);
+    assert_eq!(device("", "requires_gpu: true\nextras: {force_gpu: true}\n"), Device::Default);
+    assert_eq!(device("", "requires_gpu: true\nextras: {force_gpu: true, gpu: {id: 1}}\n"), Device::Cuda(1));
+    let spec = load(", device: cpu", "requires_gpu: true\n");
+    assert!(spec.overridden.iter().any(|note| note.key == "train.device"), "{:?}", spec.overridden);
+    let spec = load(", device: cpu", "requires_gpu: false\n");
+    assert_eq!((spec.requires_gpu, spec.args.device), (false, Device::Cpu));
+}
