@@ -91,7 +91,8 @@ impl Scene {
 
     fn start(&self) -> Courier {
         let config = OutboxConfig { items_max: 1000, delay_ms: 5, delay_ms_max: 20 };
-        Courier::start(self.sink.clone(), self.keeper.clone(), config, Arc::new(Notify::new())).expect("starts")
+        Courier::start(self.sink.clone(), self.keeper.clone(), config, Arc::new(Notify::new()))
+            .expect("starts")
     }
 
     fn left(&self) -> u64 {

@@ -10,8 +10,8 @@ use serde_json::json;
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::{now_unix_ms, rfc3339};
-use crate::job::record::{IntakeEntry, JobRecord, NewJob, SharedJob};
 use crate::job::message::content_hash;
+use crate::job::record::{IntakeEntry, JobRecord, NewJob, SharedJob};
 use crate::job::spec::{JobSpec, LoadedSpec, Overlay, SpecContext, SpecError};
 use crate::job::state::JobState;
 

@@ -184,14 +184,15 @@ impl Service {
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (config.cpu_slots > 1).then(|| (cores / config.cpu_slots).max(1));
+        let handles = Handles::open(&config, &state_dir)?;
         let trainer_config = TrainerConfig {
+            supply: handles.supply(&config)?,
             program,
             state_dir: state_dir.clone(),
             threads,
             gpu_share_max: f64::from(config.max_gpu_percent) / 100.0,
             stall_timeout_ms: config.stall_timeout_ms,
         };
-        let handles = Handles::open(&config, &state_dir)?;
         Ok(Self {
             handles,
             config: Arc::new(config),

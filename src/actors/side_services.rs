@@ -14,12 +14,14 @@ use super::reporter::{RedisSink, Reporter};
 use super::stream_consumer::{Parts, StreamConsumer};
 use super::supervisor::{Notice, Observer, Supervisor};
 use super::telemetry::Telemetry;
+use super::trainer::Supply;
 use crate::adapters::queue::QueueError;
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::outbox::Dispatcher;
 use crate::adapters::queue::redis::{Fleet, FleetError};
 use crate::adapters::sink::Sink;
-use crate::adapters::store::{self, ObjectStore, StoreError};
+use crate::adapters::store::archive::StoreSink;
+use crate::adapters::store::{self, BucketName, ObjectStore, StoreError};
 use crate::adapters::tracking::{MlflowSink, TrackingError};
 use crate::job::delivery::SinkName;
 use crate::job::service::ServiceConfig;
@@ -103,6 +105,16 @@ impl Handles {
         })
     }
 
+    /// The store as trainers use it.
+    ///
+    /// # Errors
+    /// A bucket name that cannot be one.
+    pub fn supply(&self, config: &ServiceConfig) -> Result<Option<Supply>, SideServiceError> {
+        let Some(store) = &self.store else { return Ok(None) };
+        let bucket = BucketName::new(&config.store.bucket).map_err(SideServiceError::Store)?;
+        Ok(Some(Supply { store: store.clone(), bucket, datasets_dir: config.store.datasets_dir.clone() }))
+    }
+
     fn nudge(&self, name: SinkName) -> Arc<Notify> {
         let found = self.nudges.iter().find(|(known, _)| *known == name);
         found.map_or_else(|| Arc::new(Notify::new()), |(_, nudge)| nudge.clone())
@@ -158,6 +170,10 @@ impl SideServices {
         }
         if let Some(tracking) = &handles.tracking {
             sinks.push(tracking.clone());
+        }
+        if let Some(store) = &handles.store {
+            let sink = StoreSink::new(&config.store, store.clone()).map_err(SideServiceError::Store)?;
+            sinks.push(Arc::new(sink));
         }
         let mut couriers = Vec::new();
         for sink in sinks {

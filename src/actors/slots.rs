@@ -79,7 +79,15 @@ impl Slot {
     }
 
     fn new(device: SlotDevice, health: Health) -> Self {
-        Self { device, health, claim: Claim::Ours, reason: String::new(), faults: 0, back_off_ms: 0, failed_seq: None }
+        Self {
+            device,
+            health,
+            claim: Claim::Ours,
+            reason: String::new(),
+            faults: 0,
+            back_off_ms: 0,
+            failed_seq: None,
+        }
     }
 
     /// `cpu 0`, `GPU 1`.

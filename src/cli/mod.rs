@@ -7,6 +7,7 @@ mod common;
 mod console;
 mod dataset;
 mod doctor;
+mod drain;
 mod logs;
 mod plan;
 mod predict;
@@ -15,6 +16,7 @@ mod profile;
 mod recommend;
 mod resume;
 mod run;
+mod services_status;
 mod session_console;
 mod signals;
 mod status;
@@ -140,6 +142,8 @@ enum Command {
     Logs(logs::Args),
     Stop(stop::Args),
     Resume(resume::Args),
+    Drain(drain::DrainArgs),
+    Undrain(drain::UndrainArgs),
     /// Check, describe, draw and make datasets
     Dataset(dataset::Args),
     /// Layers, products and exact bytes of a model, before anything is allocated
@@ -164,6 +168,8 @@ fn dispatch(command: Command) -> Result<ExitCode, CliError> {
         Command::Logs(args) => logs::run(args),
         Command::Stop(args) => stop::run(args),
         Command::Resume(args) => resume::run(args),
+        Command::Drain(args) => drain::drain(args),
+        Command::Undrain(args) => drain::undrain(args),
         Command::Dataset(args) => dataset::run(args).map_err(CliError::from),
         Command::Plan(args) => plan::run(args),
         Command::Profile(args) => profile::run(args),

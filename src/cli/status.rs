@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use serde_json::{Value as Json, json};
 
-use super::CliError;
 use super::common::{ServiceArgs, find, open_journal};
 use super::console::shorten;
+use super::{CliError, services_status};
 use crate::adapters::process;
 use crate::adapters::queue::JobStore;
 use crate::adapters::queue::journal::Journal;
@@ -31,6 +31,9 @@ pub struct Args {
     /// The slots of the running service alone: device, state, job, reason
     #[arg(long, conflicts_with = "task_id")]
     pub slots: bool,
+    /// The side services alone: Redis, the object store, the tracking server; what waits for them, and since when
+    #[arg(long, conflicts_with_all = ["task_id", "slots"])]
+    pub services: bool,
     #[command(flatten)]
     pub service: ServiceArgs,
 }
@@ -53,6 +56,10 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         return Ok(ExitCode::SUCCESS);
     }
     let journal = Journal::open_existing(&config.state_dir).map_err(failed)?;
+    if args.services {
+        services_status::show(journal.as_ref(), &config, args.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let slots = journal.as_ref().map(running_slots).transpose()?.flatten();
     if args.slots {
         show_slots(slots.as_deref(), args.json);

@@ -28,7 +28,15 @@ pub(super) struct Shown {
 impl Shown {
     pub(super) fn new(record: JobRecord) -> Self {
         let null = || Json::Null;
-        Self { record, is_dirty: true, is_log_complete: false, step: null(), epoch: null(), plan: null(), checkpoint: null() }
+        Self {
+            record,
+            is_dirty: true,
+            is_log_complete: false,
+            step: null(),
+            epoch: null(),
+            plan: null(),
+            checkpoint: null(),
+        }
     }
 
     pub(super) fn record(&mut self, record: JobRecord) {
@@ -100,7 +108,8 @@ impl Shown {
     }
 
     fn epochs(&self) -> u64 {
-        let said = [&self.step, &self.epoch, &self.plan].into_iter().find_map(|event| event["epochs"].as_u64());
+        let said =
+            [&self.step, &self.epoch, &self.plan].into_iter().find_map(|event| event["epochs"].as_u64());
         said.unwrap_or(u64::from(self.record.spec.args.epochs)).max(1)
     }
 
@@ -189,7 +198,8 @@ mod tests {
     fn a_running_job_shows_every_documented_field() {
         let config = ServiceConfig::default();
         let mut journal = Journal::in_memory().expect("opens");
-        let text = b"model: yolov8n\ntype: yolo\ntask_id: a\nsweeper: {n_trials: 4}\ntrain: {data: d, epochs: 10}\n";
+        let text =
+            b"model: yolov8n\ntype: yolo\ntask_id: a\nsweeper: {n_trials: 4}\ntrain: {data: d, epochs: 10}\n";
         let spec = JobSpec::load(text, "t", &config.spec_context("/w".into())).expect("valid").spec;
         let run_dir = spec.run_dir();
         let new = NewJob {
@@ -207,9 +217,12 @@ mod tests {
             fields.into_iter().find(|(known, _)| known == name).map(|(_, value)| value).unwrap_or_default()
         };
         assert_eq!((get(&shown, "status").as_str(), get(&shown, "EPOCH").as_str()), ("preparing", "0"));
-        shown.event(&json!({"event": "step", "epoch": 3, "epochs": 10, "batch": 5, "batches": 10, "lr": 0.01,
+        shown
+            .event(&json!({"event": "step", "epoch": 3, "epochs": 10, "batch": 5, "batches": 10, "lr": 0.01,
             "box_loss": 1.5, "images_per_second": 50.0}));
-        shown.event(&json!({"event": "epoch", "epoch": 2, "epochs": 10, "columns": {"metrics/mAP50(B)": 0.5}}));
+        shown.event(
+            &json!({"event": "epoch", "epoch": 2, "epochs": 10, "columns": {"metrics/mAP50(B)": 0.5}}),
+        );
         for (name, value) in [
             ("status", "running"),
             ("TRIAL_NUMBER", "1"),
@@ -226,7 +239,15 @@ mod tests {
         ] {
             assert_eq!(get(&shown, name), value, "{name}");
         }
-        for name in ["datetime", "elapsed_time", "result_time", "DEBUG_MODE", "WORKER_HOSTNAME", "processes", "task_id"] {
+        for name in [
+            "datetime",
+            "elapsed_time",
+            "result_time",
+            "DEBUG_MODE",
+            "WORKER_HOSTNAME",
+            "processes",
+            "task_id",
+        ] {
             assert!(!get(&shown, name).is_empty(), "{name}");
         }
         let done = journal.change(record.seq, Change::to(JobState::Completed, "done")).expect("legal");

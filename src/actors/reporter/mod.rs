@@ -226,7 +226,9 @@ impl Round {
         }
         self.logs.remove(&record.task_id);
         if let Ok(mut jobs) = self.board.jobs.lock()
-            && jobs.get(&record.task_id).is_some_and(|shown| shown.record.seq == record.seq && !shown.is_dirty)
+            && jobs
+                .get(&record.task_id)
+                .is_some_and(|shown| shown.record.seq == record.seq && !shown.is_dirty)
         {
             jobs.remove(&record.task_id);
         }

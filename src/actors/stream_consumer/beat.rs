@@ -55,12 +55,8 @@ impl Consumer {
     /// One heartbeat.
     pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
         self.announce(standing).await?;
-        let active = self
-            .parts
-            .keeper
-            .with(|journal| journal.active_shared())
-            .await
-            .map_err(|_| Trouble::Gone)?;
+        let active =
+            self.parts.keeper.with(|journal| journal.active_shared()).await.map_err(|_| Trouble::Gone)?;
         self.renew(&active).await?;
         let gpus = self.claim_gpus(&standing.slots).await?;
         if self.is_intruded.is_none() {
@@ -143,12 +139,8 @@ impl Consumer {
 
     /// Cancellations by key, for every job that is active here.
     async fn cancel(&mut self) -> Result<(), Trouble> {
-        let active = self
-            .parts
-            .keeper
-            .with(|journal| journal.active_ids())
-            .await
-            .map_err(|_| Trouble::Gone)?;
+        let active =
+            self.parts.keeper.with(|journal| journal.active_ids()).await.map_err(|_| Trouble::Gone)?;
         if active.is_empty() {
             return Ok(());
         }
@@ -162,12 +154,7 @@ impl Consumer {
     }
 
     async fn show_counts(&self) -> Result<(), Trouble> {
-        let counts = self
-            .parts
-            .keeper
-            .with(|journal| journal.counts())
-            .await
-            .map_err(|_| Trouble::Gone)?;
+        let counts = self.parts.keeper.with(|journal| journal.counts()).await.map_err(|_| Trouble::Gone)?;
         let of = |states: &[JobState]| -> u64 {
             states.iter().filter_map(|state| counts.get(state.as_str())).sum()
         };

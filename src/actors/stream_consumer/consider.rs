@@ -109,14 +109,14 @@ impl Consumer {
                 self.put_off(taken).await
             }
             Acquired::Mine { fence, attempts_before } => {
-                if let Some(known) = known.filter(|known| known.instance == instance && !known.state.is_terminal())
+                if let Some(known) =
+                    known.filter(|known| known.instance == instance && !known.state.is_terminal())
                 {
                     let seq = known.seq;
                     self.keep(move |journal| journal.set_fence(seq, fence)).await?;
                     return Ok(());
                 }
-                let shared =
-                    SharedJob { instance, entry: taken.entry.clone(), fence, attempts_before };
+                let shared = SharedJob { instance, entry: taken.entry.clone(), fence, attempts_before };
                 self.accept(taken, readable, shared).await
             }
         }
@@ -124,8 +124,7 @@ impl Consumer {
 
     /// Reads an entry off the thread: files may lie on slow shares.
     async fn read(&self, taken: &Taken) -> Result<Result<Readable, Unreadable>, Trouble> {
-        let (fields, entry, context) =
-            (taken.fields.clone(), named_entry(taken), self.parts.context.clone());
+        let (fields, entry, context) = (taken.fields.clone(), named_entry(taken), self.parts.context.clone());
         let read = move || {
             let mut disk = Disk {
                 working_dir: context.working_dir.clone(),
@@ -149,16 +148,18 @@ impl Consumer {
                 let text = with_causes(&error);
                 if error.may_pass() { Unreadable::NotYet(text) } else { Unreadable::Never(text) }
             })?;
-            let loaded = JobSpec::load_over(&message.text, &message.source_name, &context, &message.overlay())
-                .and_then(LoadedSpec::runnable);
+            let loaded =
+                JobSpec::load_over(&message.text, &message.source_name, &context, &message.overlay())
+                    .and_then(LoadedSpec::runnable);
             match loaded {
                 Ok(spec) => Ok(Readable { message, spec: Box::new(spec) }),
                 Err(error) => Err(Unreadable::Never(error.to_string())),
             }
         };
-        tokio::task::spawn_blocking(read).await.map(Ok).unwrap_or_else(|error| {
-            Ok(Err(Unreadable::Never(format!("reading it failed: {error}"))))
-        })
+        tokio::task::spawn_blocking(read)
+            .await
+            .map(Ok)
+            .unwrap_or_else(|error| Ok(Err(Unreadable::Never(format!("reading it failed: {error}")))))
     }
 
     async fn put_aside(&mut self, taken: Taken, unreadable: Unreadable) -> Result<(), Trouble> {
@@ -195,7 +196,8 @@ impl Consumer {
         let is_first = self.passed.insert(key, Instant::now()).is_none();
         if is_first {
             tracing::info!(task_id = %task_id, "{} requires a GPU, which this machine lacks; it is left to others", name_of(&taken));
-            let reason = format!("waits for a machine with a GPU ({} has none)", self.parts.fleet.machine_id());
+            let reason =
+                format!("waits for a machine with a GPU ({} has none)", self.parts.fleet.machine_id());
             let fields = [
                 ("task_id".to_owned(), task_id.to_string()),
                 ("status".to_owned(), "queued".to_owned()),
@@ -253,7 +255,9 @@ impl Consumer {
     async fn keep<R, F>(&self, work: F) -> Result<R, Trouble>
     where
         R: Send + 'static,
-        F: FnOnce(&mut crate::adapters::queue::journal::Journal) -> Result<R, crate::adapters::queue::QueueError>
+        F: FnOnce(
+                &mut crate::adapters::queue::journal::Journal,
+            ) -> Result<R, crate::adapters::queue::QueueError>
             + Send
             + 'static,
     {
@@ -264,12 +268,7 @@ impl Consumer {
     }
 
     /// Makes a job of an entry.
-    async fn accept(
-        &mut self,
-        taken: Taken,
-        readable: Readable,
-        shared: SharedJob,
-    ) -> Result<(), Trouble> {
+    async fn accept(&mut self, taken: Taken, readable: Readable, shared: SharedJob) -> Result<(), Trouble> {
         let fleet = self.parts.fleet.clone();
         let fence = shared.fence;
         let task_id = readable.spec.task_id.clone();

@@ -14,8 +14,11 @@ pub(super) struct Disk {
 impl Disk {
     /// The path on this machine: the longest prefix of the service's map replaced, made absolute.
     fn path(&self, path: &str) -> PathBuf {
-        let longest =
-            self.data_path_map.iter().filter(|(prefix, _)| path.starts_with(prefix)).max_by_key(|(p, _)| p.len());
+        let longest = self
+            .data_path_map
+            .iter()
+            .filter(|(prefix, _)| path.starts_with(prefix))
+            .max_by_key(|(p, _)| p.len());
         match longest {
             Some((prefix, replacement)) => {
                 self.working_dir.join(format!("{replacement}{}", &path[prefix.len()..]))

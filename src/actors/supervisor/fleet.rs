@@ -34,7 +34,10 @@ pub(super) struct FleetGate {
 impl FleetGate {
     /// A gate that opens when the fleet was heard, or after one lease without an answer.
     pub(super) fn closed(lease_ms: u64) -> Self {
-        Self { until: Some(Instant::now() + Duration::from_millis(lease_ms) + HEAR_MARGIN), ..Self::default() }
+        Self {
+            until: Some(Instant::now() + Duration::from_millis(lease_ms) + HEAR_MARGIN),
+            ..Self::default()
+        }
     }
 
     fn is_closed(&self) -> bool {
@@ -105,9 +108,14 @@ impl Handler<FleetHeard> for Supervisor {
             if bay.slot.claim != claim {
                 match &claim {
                     Claim::Foreign(owner) => {
-                        tracing::warn!("{} belongs to the machine {owner}: it takes no jobs here", bay.slot.name());
+                        tracing::warn!(
+                            "{} belongs to the machine {owner}: it takes no jobs here",
+                            bay.slot.name()
+                        );
                     }
-                    Claim::Ours | Claim::Unheard => tracing::info!("{} belongs to this machine", bay.slot.name()),
+                    Claim::Ours | Claim::Unheard => {
+                        tracing::info!("{} belongs to this machine", bay.slot.name())
+                    }
                 }
                 bay.slot.claim = claim;
                 is_news = true;

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, WrapFuture};
 use serde_json::{Map, Value as Json};
 
-use progress::{log_event, merge_progress};
+use progress::{log_event, merge_progress, step_samples};
 
 pub use fleet::{DRAINED_FLAG, FleetHeard, HowDoYouStand, ShutFleet, Standing, Surrender, drained};
 pub use messages::{
@@ -29,12 +29,14 @@ pub(super) use progress::prepare_log;
 use super::endings;
 use super::folder_watcher::{FolderWatcher, Look};
 use super::keeper::Keeper;
+use super::outgoing;
 use super::scheduling::{self, Gate, Placement, Round};
 use super::slots::{Seat, Slot};
 use super::trainer::{Control, Start, Trainer, TrainerConfig};
 use crate::adapters::gpu::GpuPort;
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
+use crate::job::delivery::MetricPoint;
 use crate::job::event::KEPT_SESSION_EVENTS;
 use crate::job::ids::TaskId;
 use crate::job::record::{Change, CommandKind, JobRecord};
@@ -86,6 +88,9 @@ struct Busy {
     record: JobRecord,
     progress: Map<String, Json>,
     progress_saved: Instant,
+    /// Step samples for the tracking server that are not in the outbox yet, and when the last was taken.
+    samples: Vec<MetricPoint>,
+    sampled: Option<Instant>,
 }
 
 /// A slot, its trainer and its job.
@@ -221,7 +226,8 @@ impl Supervisor {
             // do_send: the mailbox has no limit for it, and a closed one ends this actor at the next tick.
             bay.trainer.do_send(Start { record: Box::new(record.clone()), gpu: bay.slot.as_gpu().cloned() });
             let progress_saved = Instant::now();
-            bay.busy = Some(Busy { record, progress: Map::new(), progress_saved });
+            let (samples, sampled) = (Vec::new(), None);
+            bay.busy = Some(Busy { record, progress: Map::new(), progress_saved, samples, sampled });
         }
         self.publish(ctx);
     }
@@ -259,6 +265,14 @@ impl Supervisor {
         let Some(busy) = bay.busy.as_mut() else { return };
         let kind = event["event"].as_str().unwrap_or_default().to_owned();
         merge_progress(&mut busy.progress, &kind, &event);
+        let interval = Duration::from_millis(self.config.mlflow.step_interval_ms);
+        if self.config.mlflow.tracking_uri.is_some()
+            && kind == "step"
+            && busy.sampled.is_none_or(|at| at.elapsed() >= interval)
+        {
+            busy.sampled = Some(Instant::now());
+            busy.samples.extend(step_samples(&event));
+        }
         let runs = busy.record.state == JobState::Preparing
             && matches!(kind.as_str(), "plan" | "epoch_started" | "step" | "epoch");
         let keep = KEPT_SESSION_EVENTS.contains(&kind.as_str());
@@ -272,6 +286,8 @@ impl Supervisor {
         busy.progress_saved = Instant::now();
         busy.progress.insert("updated_unix_ms".into(), now_unix_ms().into());
         let (seq, progress) = (busy.record.seq, Json::Object(busy.progress.clone()));
+        let samples = outgoing::samples(&self.config, &busy.record, std::mem::take(&mut busy.samples));
+        let instance = busy.record.instance.clone();
         let does = busy.record.spec.mode.verb();
         let keeper = self.keeper.clone();
         let work = async move {
@@ -282,10 +298,12 @@ impl Supervisor {
                     } else {
                         None
                     };
+                    // What is told of a checkpoint reads the progress.
+                    journal.set_progress(seq, &progress)?;
+                    journal.put_samples(&instance, samples)?;
                     if keep {
                         journal.add_event(seq, &kind, &event)?;
                     }
-                    journal.set_progress(seq, &progress)?;
                     Ok(record)
                 })
                 .await

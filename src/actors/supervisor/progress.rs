@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value as Json};
 
+use crate::job::clock::now_unix_ms;
+use crate::job::delivery::MetricPoint;
 use crate::job::record::JobRecord;
 
 /// Gives the job's log the level and format that the job asked for; called before the first line about it.
@@ -24,6 +26,18 @@ pub(super) fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event
     } else if matches!(kind, "epoch" | "checkpoint") {
         progress.insert(format!("last_{kind}"), event.clone());
     }
+}
+
+/// Samples of a step for the tracking server, under `step/`: losses, learning rate, speed.
+pub(super) fn step_samples(event: &Json) -> Vec<MetricPoint> {
+    let step = event["step"].as_i64().unwrap_or(0);
+    let at_unix_ms = event["time_unix_ms"].as_i64().unwrap_or_else(now_unix_ms);
+    let names = ["box_loss", "cls_loss", "dfl_loss", "lr", "images_per_second", "data_wait_ratio"];
+    let point = |name: &&str| {
+        let value = event[*name].as_f64()?;
+        Some(MetricPoint { key: format!("step/{name}"), value, at_unix_ms, step })
+    };
+    names.iter().filter_map(point).collect()
 }
 
 /// Writes an event as a line for people.

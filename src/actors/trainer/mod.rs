@@ -8,12 +8,15 @@
 
 mod lines;
 mod process;
+mod provision;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use actix::{Actor, AsyncContext, Context, Handler, Message, WrapFuture};
 use tokio::sync::mpsc;
+
+pub use provision::Supply;
 
 use super::supervisor::{ChildEnded, Supervisor};
 use crate::adapters::gpu::Gpu;
@@ -32,6 +35,8 @@ pub struct TrainerConfig {
     pub gpu_share_max: f64,
     /// Silence after which a child is taken as stuck.
     pub stall_timeout_ms: u64,
+    /// The object store, when there is one.
+    pub supply: Option<Supply>,
 }
 
 /// One slot.

@@ -6,12 +6,14 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value as Json, json};
+use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::lines::Lines;
+use super::provision::{Provided, provide};
 use super::{Control, TrainerConfig};
 use crate::actors::endings::{self, Ending, Witness};
 use crate::actors::recovery::{child_spec_path, result_of, result_path};
@@ -41,13 +43,20 @@ pub(super) async fn run(
     slot: usize,
     config: &TrainerConfig,
     supervisor: &actix::Addr<Supervisor>,
-    orders: mpsc::Receiver<Control>,
+    mut orders: mpsc::Receiver<Control>,
 ) -> Ending {
+    let provided = match provide(&record, config.supply.as_ref(), &mut orders).await {
+        Ok(provided) => provided,
+        Err(ending) => return ending,
+    };
     let spec_path = child_spec_path(&config.state_dir, &record.task_id);
     let prepared = {
         let (record, gpu, spec_path) = (record.clone(), gpu.clone(), spec_path.clone());
         let gpu_share_max = config.gpu_share_max;
-        tokio::task::spawn_blocking(move || prepare(&record, gpu.as_ref(), &spec_path, gpu_share_max)).await
+        tokio::task::spawn_blocking(move || {
+            prepare(&record, gpu.as_ref(), &spec_path, gpu_share_max, provided)
+        })
+        .await
     };
     match prepared {
         Ok(Ok(())) => {}
@@ -69,7 +78,7 @@ pub(super) async fn run(
     }
     let watch = Watch::new(&record, slot, pid, config, supervisor.clone(), &mut child, orders);
     let (status, mut witness) = watch.until_gone(&mut child).await;
-    witness.gpu = gpu.map(|gpu| gpu.number);
+    witness.gpu = gpu.as_ref().map(|gpu| gpu.number);
     // Whatever the child started goes with it.
     process::signal_group(pid, libc::SIGKILL);
     let ending = {
@@ -83,9 +92,37 @@ pub(super) async fn run(
             },
         }
     };
+    let uuid = gpu.map(|gpu| gpu.uuid);
+    let ending = tokio::task::spawn_blocking(move || certified(ending, uuid))
+        .await
+        .unwrap_or_else(|error| Ending::Failed { class: FailureClass::Internal, reason: error.to_string() });
     // Kept only while it is needed; a left-over one does no harm.
     let _ = tokio::fs::remove_file(&spec_path).await;
     ending
+}
+
+/// Adds to a result the checksums of its weights, and the GPU.
+fn certified(ending: Ending, gpu_uuid: Option<String>) -> Ending {
+    let add = |result: Option<Json>| {
+        let mut result = result?;
+        for name in ["best", "last"] {
+            let sum = result[name].as_str().and_then(|path| sha256_of(Path::new(path)).ok());
+            result[format!("{name}_sha256")] = sum.into();
+        }
+        result["gpu_uuid"] = gpu_uuid.clone().into();
+        Some(result)
+    };
+    match ending {
+        Ending::Completed(result) => Ending::Completed(add(result)),
+        Ending::Cancelled(result) => Ending::Cancelled(add(result)),
+        other => other,
+    }
+}
+
+fn sha256_of(path: &Path) -> std::io::Result<String> {
+    let mut hash = Sha256::new();
+    std::io::copy(&mut std::fs::File::open(path)?, &mut hash)?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Makes the run folder and writes what the child reads.
@@ -94,6 +131,7 @@ fn prepare(
     gpu: Option<&Gpu>,
     spec_path: &Path,
     gpu_share_max: f64,
+    provided: Provided,
 ) -> Result<(), String> {
     let run_dir = &record.run_dir;
     std::fs::create_dir_all(run_dir)
@@ -107,7 +145,11 @@ fn prepare(
         attempt: record.attempts,
         mode: record.spec.mode,
         run_dir: run_dir.clone(),
-        args: TrainArgs { device, ..record.spec.args.clone() },
+        args: TrainArgs {
+            device,
+            data: provided.data.unwrap_or_else(|| record.spec.args.data.clone()),
+            ..record.spec.args.clone()
+        },
         resume: true,
         result_path: result_path(run_dir),
         gpu_share_max: record.spec.gpu_share_max.map_or(gpu_share_max, |share| share.min(gpu_share_max)),

@@ -1,0 +1,206 @@
+//! What a job needs before its process starts: its run folder from the store, its dataset from the store.
+//!
+//! Runs on a thread of its own with a runtime of its own: files of gigabytes must not hold up the supervisor.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::Control;
+use crate::actors::endings::Ending;
+use crate::adapters::store::restore::restore;
+use crate::adapters::store::stage::{dataset_ref, stage};
+use crate::adapters::store::{BucketName, ObjectStore, StoreError};
+use crate::job::record::JobRecord;
+use crate::job::state::FailureClass;
+
+/// How long a store that does not answer is waited for when a job's checkpoints lie nowhere else.
+const RESTORE_LIMIT: Duration = Duration::from_secs(300);
+/// Between two tries.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// The store, as trainers use it.
+#[derive(Clone)]
+pub struct Supply {
+    /// The store.
+    pub store: Arc<dyn ObjectStore>,
+    /// The bucket of runs.
+    pub bucket: BucketName,
+    /// Where datasets are staged.
+    pub datasets_dir: PathBuf,
+}
+
+impl std::fmt::Debug for Supply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Supply").field("bucket", &self.bucket).finish_non_exhaustive()
+    }
+}
+
+/// What provisioning came to.
+#[derive(Debug, Default)]
+pub(super) struct Provided {
+    /// The dataset's place on this machine, when it came from the store.
+    pub(super) data: Option<String>,
+}
+
+/// Brings what is missing; an order ends it at once.
+pub(super) async fn provide(
+    record: &JobRecord,
+    supply: Option<&Supply>,
+    orders: &mut mpsc::Receiver<Control>,
+) -> Result<Provided, Ending> {
+    let needs_data = record.spec.args.data.starts_with("s3://");
+    let Some(supply) = supply else {
+        if needs_data {
+            let reason = format!("{} lies in an object store, and none is configured", record.spec.args.data);
+            return Err(Ending::Failed { class: FailureClass::Config, reason });
+        }
+        return Ok(Provided::default());
+    };
+    if !needs_data && !must_restore(record) {
+        return Ok(Provided::default());
+    }
+    let (cancel, cancelled) = oneshot::channel::<()>();
+    let (record, supply) = (record.clone(), supply.clone());
+    let work = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| internal(format!("cannot start a runtime: {error}")))?;
+        runtime.block_on(async move {
+            tokio::select! {
+                provided = bring(&record, &supply) => provided,
+                // A dropped sender ends it too.
+                _ = cancelled => Err(Ending::Interrupted("it was told to leave".to_owned())),
+            }
+        })
+    };
+    let mut thread = tokio::task::spawn_blocking(work);
+    let order = tokio::select! {
+        provided = &mut thread => return flatten(provided),
+        order = orders.recv() => order,
+    };
+    drop(cancel);
+    // The thread must be gone before another attempt writes to the same folder.
+    let _ = thread.await;
+    Err(match order {
+        Some(Control::Stop { .. }) => Ending::Cancelled(None),
+        Some(Control::Interrupt { .. } | Control::Kill) | None => {
+            Ending::Interrupted("the service was shut down".to_owned())
+        }
+    })
+}
+
+fn flatten(provided: Result<Result<Provided, Ending>, tokio::task::JoinError>) -> Result<Provided, Ending> {
+    provided.unwrap_or_else(|error| Err(internal(format!("fetching from the store failed: {error}"))))
+}
+
+fn internal(reason: String) -> Ending {
+    Ending::Failed { class: FailureClass::Internal, reason }
+}
+
+/// True when the run was begun before and this machine may not have the newest of it.
+fn must_restore(record: &JobRecord) -> bool {
+    record.attempts_all() > 1 && (record.attempts_before > 0 || !has_checkpoint(&record.run_dir))
+}
+
+fn has_checkpoint(run_dir: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(run_dir.join("state")) else { return false };
+    entries.flatten().any(|entry| entry.path().extension().is_some_and(|ending| ending == "ckpt"))
+}
+
+async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> {
+    if must_restore(record) {
+        bring_run(record, supply).await?;
+    }
+    if !record.spec.args.data.starts_with("s3://") {
+        return Ok(Provided::default());
+    }
+    let refused = |error: StoreError| {
+        let class = match error.retry() {
+            crate::adapters::store::Retry::Never => FailureClass::Data,
+            _ => FailureClass::Storage,
+        };
+        let reason = format!("the dataset {} cannot be fetched: {}", record.spec.args.data, chain(&error));
+        Ending::Failed { class, reason }
+    };
+    let Some(dataset) = dataset_ref(&record.spec.args.data).map_err(refused)? else {
+        return Ok(Provided::default());
+    };
+    let began = Instant::now();
+    let staged = stage(&*supply.store, &supply.datasets_dir, &dataset).await.map_err(refused)?;
+    tracing::info!(
+        task_id = %record.task_id,
+        "the dataset {} is at {} ({} objects fetched in {:.1} s)",
+        record.spec.args.data,
+        staged.path.display(),
+        staged.fetched,
+        began.elapsed().as_secs_f64()
+    );
+    Ok(Provided { data: Some(staged.path.to_string_lossy().into_owned()) })
+}
+
+/// Brings the run folder back. A store that stays silent is waited for only when the work of other machines would be
+/// lost, and not for ever.
+async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
+    let (spec, id) = (&record.spec, record.task_id.as_str());
+    let until = Instant::now() + RESTORE_LIMIT;
+    let mut was_said = false;
+    loop {
+        let restored =
+            restore(&*supply.store, &supply.bucket, &spec.study_name, id, &record.instance, &record.run_dir)
+                .await;
+        match restored {
+            Ok(Some(restored)) => {
+                for problem in &restored.problems {
+                    tracing::warn!(task_id = id, "from the store: {problem}");
+                }
+                tracing::info!(
+                    task_id = id,
+                    "the run folder is brought back from the store (epoch {}, step {})",
+                    restored.epoch,
+                    restored.step
+                );
+                return Ok(());
+            }
+            Ok(None) => {
+                tracing::info!(
+                    task_id = id,
+                    "the store has nothing of this run; it starts from its beginning"
+                );
+                return Ok(());
+            }
+            Err(error) if error.is_outage() && record.attempts_before > 0 && Instant::now() < until => {
+                if !was_said {
+                    was_said = true;
+                    tracing::warn!(
+                        task_id = id,
+                        "its checkpoints lie in the store, which does not answer; waiting: {}",
+                        chain(&error)
+                    );
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+            Err(error) => {
+                tracing::error!(
+                    task_id = id,
+                    "the run cannot be brought back from the store, it goes on with what is here: {}",
+                    chain(&error)
+                );
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn chain(error: &StoreError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}
