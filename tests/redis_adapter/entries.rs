@@ -38,7 +38,7 @@ async fn a_restarted_machine_finds_what_it_had_taken() {
     assert!(found[1..].iter().all(|taken| taken.deliveries == 2));
     assert_eq!(found[1].fields["config_path"], "3");
     assert_eq!(again.own_pending(7).await.expect("found").len(), 7);
-    assert_eq!(pending(&server, "a"), 100.min(117));
+    assert_eq!(pending(&server, "a"), 100, "of 117, as the reading is limited");
     assert!(fleet(&server, "b").own_pending(10).await.expect("nothing").is_empty());
 }
 
