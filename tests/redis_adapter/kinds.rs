@@ -248,7 +248,7 @@ async fn sentinels_lead_to_the_master() {
 
 /// A cluster of one node that has all slots.
 fn cluster() -> Option<RedisServer> {
-    let server = RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes"])?;
+    let server = RedisServer::start_cluster()?;
     get::<String>(&server, &["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
     crate::servers::wait("a whole cluster", || {
         get::<String>(&server, &["CLUSTER", "INFO"]).contains("cluster_state:ok").then_some(())

@@ -25,7 +25,13 @@ async fn the_documented_push_is_taken_in_order_and_once() {
     assert_eq!(first[0].fields["trial_number"], "1");
     assert!(ids[0].starts_with(&format!("{}-", first[0].at_unix_ms)));
     assert_eq!(names(&b.take(10, 0).await.expect("taken")), ["/c/2.yaml", "/c/3.yaml", "/c/4.yaml"]);
+    get::<i64>(&server, &["EXPIRE", TOPIC, "100"]);
     assert!(a.take(10, 0).await.expect("nothing").is_empty());
+    assert_eq!(
+        get::<i64>(&server, &["TTL", TOPIC]),
+        -1,
+        "the queue does not end with one message's lifetime"
+    );
     assert!(a.take(0, 0).await.expect("nothing").is_empty());
 }
 
