@@ -38,7 +38,7 @@ async fn a_restarted_machine_finds_what_it_had_taken() {
     assert!(found[1..].iter().all(|taken| taken.deliveries == 2));
     assert_eq!(found[1].fields["config_path"], "3");
     assert_eq!(again.own_pending(7).await.expect("found").len(), 7);
-    assert_eq!(pending(&server, "a"), 100.min(117));
+    assert_eq!(pending(&server, "a"), 100, "of 117, as the reading is limited");
     assert!(fleet(&server, "b").own_pending(10).await.expect("nothing").is_empty());
 }
 
@@ -54,7 +54,9 @@ async fn a_dead_consumers_entry_is_stolen_and_not_before() {
     get::<i64>(&server, &["XDEL", TOPIC, &mine[2].entry.id]);
     assert_eq!(b.steal(60_000, 10).await.expect("nothing"), Stolen::default());
     let stolen = wait_stolen(&b, 400, 2).await;
-    assert_eq!(names(&stolen), ["h", "x"]);
+    let mut found = names(&stolen);
+    found.sort_unstable();
+    assert_eq!(found, ["h", "x"]);
     assert!(stolen.iter().all(|taken| taken.deliveries == 2));
     assert_eq!((pending(&server, "a"), pending(&server, "b")), (0, 1), "what was deleted is acknowledged");
     let entries: Vec<QueueEntry> = mine.iter().map(|taken| taken.entry.clone()).collect();
@@ -90,7 +92,7 @@ async fn an_entry_whose_delivery_was_lost_is_found_again() {
     let begin = std::time::Instant::now();
     loop {
         assert!(a.renew_entries(std::slice::from_ref(&known)).await.expect("renewed").is_empty());
-        let found = a.steal(500, 10).await.expect("a look").entries;
+        let found = a.steal(1_500, 10).await.expect("a look").entries;
         if !found.is_empty() {
             assert_eq!(names(&found), ["lost"]);
             break;

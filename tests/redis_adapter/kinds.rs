@@ -193,8 +193,15 @@ fn addresses_that_cannot_work_are_refused_without_being_shown() {
 
 #[tokio::test]
 async fn sentinels_lead_to_the_master() {
-    let Some(master) = RedisServer::start() else { return };
-    let monitor = format!("sentinel monitor fleet 127.0.0.1 {} 1\n", master.port());
+    let Some(mut master) = RedisServer::start() else { return };
+    let port = master.port().to_string();
+    let Some(replica) = RedisServer::start_with(&["--save", "", "--replicaof", "127.0.0.1", &port]) else {
+        return;
+    };
+    let monitor = format!(
+        "sentinel monitor fleet 127.0.0.1 {port} 1\nsentinel down-after-milliseconds fleet 500\n\
+         sentinel failover-timeout fleet 2000\n"
+    );
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("sentinel.conf"), monitor).expect("writable");
     let sentinel = RedisServer::start_in(Port::free(), folder, |port, folder| {
@@ -215,6 +222,25 @@ async fn sentinels_lead_to_the_master() {
     fleet.ensure_groups().await.expect("groups");
     assert!(fleet.wait_for_work(1_000).await.expect("waited"));
     assert_eq!(names(&fleet.take(1, 0).await.expect("taken")), ["x"]);
+
+    // The master dies; the replica, which has everything, takes its place.
+    crate::servers::wait("the sentinel to know the replica", || {
+        let sentinels = get::<Vec<Vec<String>>>(&sentinel, &["SENTINEL", "REPLICAS", "fleet"]);
+        (sentinels.len() == 1 && get::<usize>(&replica, &["XLEN", TOPIC]) == 1).then_some(())
+    });
+    master.kill();
+    let begin = std::time::Instant::now();
+    let found = loop {
+        match fleet.own_pending(5).await {
+            Ok(found) => break found,
+            Err(error) => assert!(error.retry() != Retry::Never, "{}", error.chain()),
+        }
+        assert!(begin.elapsed() < crate::servers::LIMIT, "no new master was found");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    assert_eq!(names(&found), ["x"]);
+    assert!(fleet.acknowledge(&found[0].entry).await.expect("acknowledged"));
+    assert_eq!(get::<usize>(&replica, &["XLEN", TOPIC]), 0);
     let unknown = RedisConfig { sentinel_service: "unknown".into(), ..config };
     let error = handle(&unknown).ping().await.expect_err("no such master");
     assert_eq!(error.retry(), Retry::Reconnect, "{}", error.chain());
@@ -222,7 +248,7 @@ async fn sentinels_lead_to_the_master() {
 
 /// A cluster of one node that has all slots.
 fn cluster() -> Option<RedisServer> {
-    let server = RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes"])?;
+    let server = RedisServer::start_cluster()?;
     get::<String>(&server, &["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
     crate::servers::wait("a whole cluster", || {
         get::<String>(&server, &["CLUSTER", "INFO"]).contains("cluster_state:ok").then_some(())

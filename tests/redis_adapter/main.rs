@@ -23,7 +23,7 @@ use servers::redis::RedisServer;
 const TOPIC: &str = "training_queue";
 
 fn config(server: &RedisServer) -> RedisConfig {
-    RedisConfig { urls: vec![server.url()], heartbeat_interval_ms: 1_000, ..RedisConfig::default() }
+    RedisConfig { urls: vec![server.url()], heartbeat_interval_ms: 20_000, ..RedisConfig::default() }
 }
 
 fn fleet(server: &RedisServer, machine: &str) -> Fleet {

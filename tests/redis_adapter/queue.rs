@@ -25,7 +25,13 @@ async fn the_documented_push_is_taken_in_order_and_once() {
     assert_eq!(first[0].fields["trial_number"], "1");
     assert!(ids[0].starts_with(&format!("{}-", first[0].at_unix_ms)));
     assert_eq!(names(&b.take(10, 0).await.expect("taken")), ["/c/2.yaml", "/c/3.yaml", "/c/4.yaml"]);
+    get::<i64>(&server, &["EXPIRE", TOPIC, "100"]);
     assert!(a.take(10, 0).await.expect("nothing").is_empty());
+    assert_eq!(
+        get::<i64>(&server, &["TTL", TOPIC]),
+        -1,
+        "the queue does not end with one message's lifetime"
+    );
     assert!(a.take(0, 0).await.expect("nothing").is_empty());
 }
 
@@ -259,6 +265,19 @@ async fn a_group_that_was_destroyed_is_made_again_and_nothing_is_lost() {
     }
     fleet.ensure_groups().await.expect("groups");
     assert_eq!(names(&fleet.take(5, 0).await.expect("taken")), ["1"], "what was done does not come back");
+
+    let held = push(&server, "held", &[]);
+    let held =
+        fleet.take(1, 0).await.expect("taken").into_iter().find(|taken| taken.entry.id == held).expect("it");
+    get::<i64>(&server, &["DEL", TOPIC]);
+    assert!(fleet.take(1, 0).await.expect("nothing").is_empty());
+    let held_entries = std::slice::from_ref(&held.entry);
+    assert_eq!(fleet.renew_entries(held_entries).await.expect("gone"), held_entries);
+    assert!(
+        !fleet.acknowledge(&held.entry).await.expect("gone")
+            && !fleet.release(&held.entry).await.expect("gone")
+    );
+    assert!(fleet.own_pending(5).await.expect("nothing").is_empty());
 
     get::<String>(&server, &["FLUSHALL"]);
     assert!(fleet.take(1, 0).await.expect_err("no group").is_no_group());

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use boxwright::adapters::queue::redis::{Acquired, Fleet, Published};
-use boxwright::job::delivery::{EpochBody, QueueEntry, ResultBody, RunRef};
+use boxwright::adapters::queue::redis::{Acquired, Fleet, Published, RedisSink};
+use boxwright::adapters::sink::{AfterFailure, DeliveryError, Receipt, Sink};
+use boxwright::job::delivery::{
+    Delivery, DeliveryBody, EpochBody, QueueEntry, ResultBody, RunMetricsBody, RunRef, SinkName,
+};
 use serde_json::{Map, Value as Json, json};
 
 use super::{TOPIC, fleet, get, push, ready, task};
@@ -157,4 +160,39 @@ async fn metrics_of_an_epoch_replace_those_before() {
         })
     );
     assert!(get::<i64>(&server, &["PTTL", "metrics:t"]) > 29 * 24 * 3_600_000);
+}
+
+#[tokio::test]
+async fn deliveries_of_the_outbox_are_made_once_and_wait_for_what_can_be_put_right() {
+    let Some(mut server) = RedisServer::start() else { return };
+    let fleet = fleet(&server, "a");
+    let fence = own(&fleet, "t").await;
+    let sink = RedisSink::new(fleet.clone());
+    let delivery = |body| Delivery {
+        id: 1,
+        sink: SinkName::Redis,
+        lane: "t".into(),
+        key: "t:1".into(),
+        body,
+        attempts: 0,
+        at_unix_ms: 0,
+    };
+    let good = delivery(DeliveryBody::Result(result("t", "a", fence, json!(0.5), None)));
+    get::<i64>(&server, &["LPUSH", "results_queue", "a list"]);
+    let verdict = |answer: Result<Receipt, DeliveryError>| answer.expect_err("not made").verdict();
+    assert_eq!(verdict(sink.deliver(&good).await), AfterFailure::AllWait);
+    get::<i64>(&server, &["DEL", "results_queue"]);
+    for _ in 0..2 {
+        assert_eq!(sink.deliver(&good).await.expect("delivered"), Receipt::default());
+    }
+    assert_eq!(entries(&server).len(), 1);
+    let epoch = EpochBody { run: run_ref("t", "a", fence), epoch: 1, metrics: Map::new(), at_unix_ms: 0 };
+    sink.deliver(&delivery(DeliveryBody::EpochMetrics(epoch))).await.expect("delivered");
+    assert_eq!(get::<i64>(&server, &["ZCARD", "metrics:t"]), 1);
+    let old = delivery(DeliveryBody::Result(result("t", "a", fence - 1, json!(0.5), None)));
+    assert!(matches!(sink.deliver(&old).await, Err(DeliveryError::Fenced { .. })));
+    let alien = RunMetricsBody { run: run_ref("t", "a", fence), points: Vec::new() };
+    assert_eq!(verdict(sink.deliver(&delivery(DeliveryBody::RunMetrics(alien))).await), AfterFailure::GiveUp);
+    server.kill();
+    assert_eq!(verdict(sink.deliver(&good).await), AfterFailure::AllWait);
 }

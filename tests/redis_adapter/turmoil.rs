@@ -1,10 +1,13 @@
 //! Machines that die at any step, and a server that is killed under them: every job ends once.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use boxwright::adapters::queue::redis::{Acquired, Fleet, FleetError, Published, Renewed, Taken};
+use boxwright::adapters::queue::redis::{Acquired, Fleet, FleetError, Published, Renewed, Retry, Taken};
 use boxwright::job::delivery::{ResultBody, RunRef};
+use boxwright::job::service::RedisConfig;
 use serde_json::json;
 
 use super::{TOPIC, config, get, push, ready, run, task};
@@ -109,31 +112,25 @@ async fn live(fleet: &Fleet, dice: &mut Dice, until: Instant) -> Result<(), Endi
     Ok(())
 }
 
-async fn machine(
-    config: boxwright::job::service::RedisConfig,
-    name: String,
-    seed: u64,
-    until: Instant,
-) -> usize {
+async fn machine(config: RedisConfig, name: String, seed: u64, until: Instant, died: Arc<AtomicUsize>) {
     let mut dice = Dice(seed);
     let mut deaths = 0;
     loop {
         let fleet = Fleet::new(&config, &name, &format!("{name}-{deaths}")).expect("a handle");
         match live(&fleet, &mut dice, until).await {
-            Ok(()) => return deaths,
-            Err(Ending::Died) => deaths += 1,
+            Ok(()) => return,
+            Err(Ending::Died) => {
+                deaths += 1;
+                died.fetch_add(1, Ordering::Relaxed);
+            }
             Err(Ending::Failed(error)) if error.is_no_group() => drop(fleet.ensure_groups().await),
             Err(Ending::Failed(error)) => {
-                assert!(
-                    error.retry() != boxwright::adapters::queue::redis::Retry::Never,
-                    "{}",
-                    error.chain()
-                );
+                assert!(error.retry() != Retry::Never, "{}", error.chain());
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
         if Instant::now() >= until {
-            return deaths;
+            return;
         }
     }
 }
@@ -156,9 +153,10 @@ async fn turmoil(mut server: RedisServer, kills: usize) {
         push(&server, &format!("job{i}"), priority);
     }
     let until = Instant::now() + Duration::from_secs(60);
-    let (stop, mut machines) = (until, tokio::task::JoinSet::new());
+    let mut machines = tokio::task::JoinSet::new();
+    let died = Arc::new(AtomicUsize::new(0));
     for i in 0..3 {
-        machines.spawn(machine(config(&server), format!("m{i}"), 7 + i, stop));
+        machines.spawn(machine(config(&server), format!("m{i}"), 7 + i, until, died.clone()));
     }
     for _ in 0..kills {
         tokio::time::sleep(Duration::from_millis(150)).await;
@@ -175,7 +173,10 @@ async fn turmoil(mut server: RedisServer, kills: usize) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     machines.abort_all();
-    while machines.join_next().await.is_some() {}
+    while let Some(ended) = machines.join_next().await {
+        assert!(ended.is_ok() || ended.is_err_and(|error| error.is_cancelled()), "a machine panicked");
+    }
+    assert!(died.load(Ordering::Relaxed) >= 5, "{died:?} deaths");
     let counts = results(&server);
     assert!(counts.values().all(|count| *count == 1), "{counts:?}");
     for stream in [TOPIC, "training_queue:high", "training_queue:low"] {

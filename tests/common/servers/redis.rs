@@ -17,6 +17,9 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 pub struct RedisServer {
     process: Server,
     port: Port,
+    /// Port of a cluster's own traffic.
+    _bus: Option<Port>,
+    is_tls: bool,
     folder: tempfile::TempDir,
 }
 
@@ -43,6 +46,17 @@ impl RedisServer {
         })
     }
 
+    /// Starts a cluster of one node, without slots yet.
+    pub fn start_cluster() -> Option<Self> {
+        // By itself it would take its port plus 10,000, which may be in use.
+        let bus = Port::free();
+        let number = bus.number().to_string();
+        let mut server =
+            Self::start_with(&["--save", "", "--cluster-enabled", "yes", "--cluster-port", &number])?;
+        server._bus = Some(bus);
+        Some(server)
+    }
+
     /// Starts one with exactly these arguments, which are made from its port and folder.
     pub fn start_in(
         port: Port,
@@ -51,20 +65,21 @@ impl RedisServer {
     ) -> Option<Self> {
         let program = find("BOXWRIGHT_REDIS_SERVER", &["redis-server", "valkey-server"])?;
         let arguments = arguments(port.number(), folder.path());
+        let is_tls = arguments.iter().any(|argument| argument == "--tls-port");
         let log: PathBuf = folder.path().join("server.log");
         let process = Server::start("redis", &log, move || {
             let mut command = Command::new(&program);
             command.args(&arguments);
             command
         });
-        let mut server = Self { process, port, folder };
+        let mut server = Self { process, port, _bus: None, is_tls, folder };
         server.wait_ready();
         Some(server)
     }
 
     /// Waits until it answers; one that expects TLS need only accept.
     pub fn wait_ready(&mut self) {
-        let address = self.port.address();
+        let (address, is_tls) = (self.port.address(), self.is_tls);
         self.process.wait_ready(START_LIMIT, || {
             let Ok(mut stream) = TcpStream::connect_timeout(&address, Duration::from_secs(1)) else {
                 return false;
@@ -72,9 +87,12 @@ impl RedisServer {
             let limit = Some(Duration::from_millis(300));
             stream.set_read_timeout(limit).and_then(|()| stream.write_all(b"PING\r\n")).expect("a socket");
             let mut answer = [0_u8; 8];
-            match stream.read(&mut answer) {
-                Ok(count) => !answer[..count].starts_with(b"-LOADING"),
-                Err(_) => true,
+            let count = stream.read(&mut answer).unwrap_or(0);
+            match answer[..count] {
+                [b'+', ..] => true,
+                // A password is missing, say.
+                [b'-', ..] => !answer.starts_with(b"-LOADING"),
+                _ => is_tls,
             }
         });
     }

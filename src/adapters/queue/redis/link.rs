@@ -206,6 +206,7 @@ impl Server {
     }
 }
 
+/// The certificates that are trusted for Redis: with a file, those in it and no others.
 fn certificates(path: &PathBuf) -> Result<TlsCertificates, FleetError> {
     let root_cert = std::fs::read(path).map_err(|source| FleetError::Config {
         what: format!("cannot read the certificates {}", path.display()),

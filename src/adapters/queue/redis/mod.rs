@@ -17,6 +17,7 @@ mod results;
 mod scripts;
 mod shown;
 mod side;
+mod sink;
 mod take;
 
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub use presence::{Announced, GpuOwner, Machine, SlotReport, WorkerView};
 pub use results::Published;
 pub use shown::Logged;
 pub use side::{CacheCounts, Warning};
+pub use sink::RedisSink;
 pub use take::{QueueKind, Taken};
 
 use crate::job::service::RedisConfig;

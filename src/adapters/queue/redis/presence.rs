@@ -133,6 +133,18 @@ impl Fleet {
             .map(drop)
     }
 
+    /// Takes the place of an earlier start of this machine's service that is known to be dead (it is the one that the journal
+    /// names, and the lock of the state folder is ours), without waiting until its sign of life ends. False when
+    /// another one has the name, or none.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn succeed(&self, earlier_incarnation: &str) -> Result<bool, FleetError> {
+        let key = self.keys().machine(&self.inner.machine_id);
+        let arguments: [&[u8]; 2] = [b"incarnation", earlier_incarnation.as_bytes()];
+        self.script("take the place of an earlier start", &scripts::FORGET_IF, &[&key], &arguments).await
+    }
+
     /// All machines that gave a sign of life in the last days, with their slots, by name.
     ///
     /// # Errors

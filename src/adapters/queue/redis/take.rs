@@ -154,7 +154,7 @@ impl Fleet {
         let types: Vec<String> = self.many("type of the queue", types).await?;
         let turn = self.inner.turn.fetch_add(1, Ordering::Relaxed);
         for step in 0..2 {
-            if (turn + step) % 2 == 0 {
+            if (turn + step).is_multiple_of(2) {
                 let wanted = count - taken.len();
                 match QueueKind::of(&types[0]) {
                     QueueKind::Stream | QueueKind::Missing => {

@@ -42,8 +42,12 @@ local function group_of(key, group)
   return nil, #groups
 end
 
--- The consumer that an entry waits for, and how often it was delivered; nil when it waits for none.
+-- The consumer that an entry waits for, and how often it was delivered; nil when it waits for none, also because the
+-- stream is gone. A stream without the group is an error, NOGROUP.
 local function holder_of(key, group, id)
+  if redis.call('EXISTS', key) == 0 then
+    return nil, 0
+  end
   local row = redis.call('XPENDING', key, group, id, id, 1)[1]
   if row then
     return row[2], row[4]

@@ -24,6 +24,11 @@ for class = 1, 3 do
   end
 end
 
+if last[2] then
+  -- A producer that gives a lifetime means its message, and would lose all of them.
+  redis.call('PERSIST', KEYS[2])
+end
+
 if last[2] and groups_of_topic == 1 then
   local from = redis.call('GET', KEYS[4])
   if not from or is_after(last[2], from) then
