@@ -5,11 +5,13 @@ mod common;
 
 use boxwright::detect::losses::detection::LossConfig;
 use boxwright::detect::models::Detector;
-use boxwright::engine::device::cuda::Precision;
+use boxwright::engine::device::cuda::{Device, Precision};
 use boxwright::engine::optim::{Algorithm, Ema, Hyper, Optimizer, groups};
 use boxwright::engine::params::ParamSet;
 use boxwright::engine::plan::{Mode, Plan};
-use boxwright::train::session::{Compute, Network};
+use boxwright::train::args::{Batch, TrainArgs};
+use boxwright::train::autobatch::AUTO_SHARE_GPU;
+use boxwright::train::session::{Compute, Network, batch_on};
 use common::emulator::device;
 
 #[test]
@@ -41,4 +43,22 @@ fn bytes_held_are_those_counted_within_one_percent() {
         let planned = plan(batch, Mode::Train).max(plan(2 * batch, Mode::Eval));
         assert!(planned < held && planned > 0.3 * held, "{planned} of {held}");
     }
+    a_batch_asked_for_beforehand_fits_and_leaves_nothing_behind(&device);
+}
+
+fn a_batch_asked_for_beforehand_fits_and_leaves_nothing_behind(device: &std::sync::Arc<Device>) {
+    let free = || device.memory().expect("the device answers").free_bytes;
+    let compute = Compute::Cuda { device: device.clone(), precision: Precision::Bf16 };
+    let ask = |batch| {
+        let args = TrainArgs { model: "yolov8n".into(), imgsz: 64, batch, ..TrainArgs::default() };
+        batch_on(&args, &compute, 3, (1 << 20, 8)).expect("room")
+    };
+    let before = free();
+    let [four, eight] = [4, 8].map(|batch| ask(Batch::Images(batch)));
+    assert_eq!((four.batch, eight.batch), (4, 8));
+    assert!(four.bytes < eight.bytes, "{four:?} {eight:?}");
+    let largest = ask(Batch::Auto);
+    assert!(largest.batch > 8 && largest.bytes as f64 <= AUTO_SHARE_GPU * before as f64, "{largest:?}");
+    let kept = before.saturating_sub(free());
+    assert!(kept < 64 << 20, "{kept} bytes are not given back");
 }

@@ -198,6 +198,25 @@ mod tests {
         assert!(back.require("nothing").is_err());
     }
 
+    #[test]
+    fn the_texts_are_read_without_the_tensors() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("a.safetensors");
+        assert!(matches!(read_texts(&path), Err(WeightsError::Io { .. })));
+        write_file(&path, &sample()).expect("written");
+        let texts = read_texts(&path).expect("read");
+        assert!(texts.iter().eq(sample().metadata.iter()), "{texts:?}");
+        let bytes = to_bytes(&sample());
+        let mut huge = bytes.clone();
+        huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        for damaged in [&bytes[..4], &bytes[..40], &huge] {
+            std::fs::write(&path, damaged).expect("written");
+            assert!(read_texts(&path).is_err());
+        }
+        std::fs::write(&path, to_bytes(&TensorMap::new())).expect("written");
+        assert!(read_texts(&path).expect("read").is_empty());
+    }
+
     proptest! {
         #[test]
         fn damaged_files_give_errors_not_panics(

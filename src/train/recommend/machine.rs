@@ -1,6 +1,6 @@
 //! What the devices of this machine can hold: the choice that a training run makes, asked for beforehand.
 
-use super::{Largest, Room};
+use super::Room;
 use crate::detect::models::Detector;
 use crate::engine::params::ParamSet;
 use crate::train::args::{Batch, BatchPolicy, Device, TrainArgs};
@@ -73,12 +73,8 @@ impl Room for Machine {
         matches!(self.compute, Compute::Cuda { .. })
     }
 
-    fn largest(&self, model: &str, imgsz: usize) -> Result<Largest, TrainError> {
-        match self.ask(model, imgsz, Batch::Auto) {
-            Ok(choice) => Ok(Largest { batch: choice.batch, bytes: choice.bytes }),
-            Err(TrainError::Memory { needed_mib, .. }) => Ok(Largest { batch: 0, bytes: needed_mib << 20 }),
-            Err(error) => Err(error),
-        }
+    fn largest(&self, model: &str, imgsz: usize) -> Result<usize, TrainError> {
+        self.ask(model, imgsz, Batch::Auto).map(|choice| choice.batch)
     }
 
     fn bytes(&self, model: &str, imgsz: usize, batch: usize) -> Result<u64, TrainError> {

@@ -70,15 +70,6 @@ pub struct EarlierRun {
     pub weights: PathBuf,
 }
 
-/// The largest batch that a device can hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Largest {
-    /// Images; 0 when not even one fits.
-    pub batch: usize,
-    /// Bytes that it needs, or that one image would need where none fits.
-    pub bytes: u64,
-}
-
 /// What the device that will train can hold, by the exact plan of the network.
 pub trait Room {
     /// The device in words, for example `the CPU (2 threads)`.
@@ -87,11 +78,11 @@ pub trait Room {
     /// Whether it is a GPU.
     fn is_gpu(&self) -> bool;
 
-    /// The largest batch that automatic choice would take for a network at an input size.
+    /// The largest batch that automatic choice would take for a network at an input size, at least 1.
     ///
     /// # Errors
-    /// The device does not answer.
-    fn largest(&self, model: &str, imgsz: usize) -> Result<Largest, TrainError>;
+    /// [`TrainError::Memory`] when not even one image fits; the device does not answer.
+    fn largest(&self, model: &str, imgsz: usize) -> Result<usize, TrainError>;
 
     /// Bytes that training takes at a batch.
     ///

@@ -14,7 +14,7 @@
 //! | `pretrained` | the best earlier run of the same network on the same data and classes | its score is comparable, and its weights fit |
 
 use super::words::{bytes, count, counted, percent};
-use super::{EarlierRun, Goal, Largest, Room, WarmStart};
+use super::{EarlierRun, Goal, Room, WarmStart};
 use crate::data::metadata::Metadata;
 use crate::train::error::TrainError;
 
@@ -153,17 +153,13 @@ pub fn fit(
 ) -> Result<(String, usize, Fitted), TrainError> {
     let enough = NORM_BATCH.min(data.train.images.max(1));
     let mut fitted = Fitted::default();
-    let why = |name: &str, imgsz: usize, largest: Largest| match largest.batch {
-        0 => format!("one image of {imgsz} px with {name} needs {}, more than is free", bytes(largest.bytes)),
-        batch => format!("only {} of {imgsz} px fit with {name}", counted(batch, "image", "images")),
-    };
     for rung in (0..=rung).rev() {
-        let largest = room.largest(LADDER[rung], wanted)?;
-        if largest.batch >= enough {
-            fitted.largest = largest.batch;
+        let found = ask(room, LADDER[rung], wanted)?;
+        if found.batch() >= enough {
+            fitted.largest = found.batch();
             return Ok((LADDER[rung].into(), wanted, fitted));
         }
-        let said = why(LADDER[rung], wanted, largest);
+        let said = found.why(LADDER[rung], wanted);
         if rung > 0 {
             fitted.smaller_network.get_or_insert(said);
         } else {
@@ -173,22 +169,50 @@ pub fn fit(
     let name = LADDER[0];
     let mut imgsz = wanted;
     loop {
-        let smaller = ((imgsz * 3 / 4) / STRIDE * STRIDE).max(SIDE_MIN);
-        let is_last = smaller >= imgsz;
-        imgsz = smaller.min(imgsz);
-        let largest = room.largest(name, imgsz)?;
-        if largest.batch >= enough || (is_last && largest.batch > 0) {
-            fitted.largest = largest.batch;
-            return Ok((name.into(), imgsz, fitted));
+        let smaller = ((imgsz * 3 / 4) / STRIDE * STRIDE).max(SIDE_MIN).min(imgsz);
+        let is_last = smaller == imgsz;
+        imgsz = smaller;
+        match ask(room, name, imgsz)? {
+            Found::Nothing(error) if is_last => return Err(error),
+            found if is_last || found.batch() >= enough => {
+                fitted.largest = found.batch();
+                return Ok((name.into(), imgsz, fitted));
+            }
+            _ => {}
         }
-        if is_last {
-            return Err(TrainError::Memory {
-                batch: 1,
-                imgsz,
-                needed_mib: largest.bytes >> 20,
-                available_mib: 0,
-                largest: 0,
-            });
+    }
+}
+
+/// What fits of a network at an input size.
+enum Found {
+    Images(usize),
+    /// Not even one image; the refusal.
+    Nothing(TrainError),
+}
+
+fn ask(room: &dyn Room, name: &str, imgsz: usize) -> Result<Found, TrainError> {
+    match room.largest(name, imgsz) {
+        Ok(batch) => Ok(Found::Images(batch)),
+        Err(error @ TrainError::Memory { .. }) => Ok(Found::Nothing(error)),
+        Err(error) => Err(error),
+    }
+}
+
+impl Found {
+    fn batch(&self) -> usize {
+        match self {
+            Found::Images(batch) => *batch,
+            Found::Nothing(_) => 0,
+        }
+    }
+
+    /// Why this is too little.
+    fn why(&self, name: &str, imgsz: usize) -> String {
+        match self {
+            Found::Images(batch) => {
+                format!("only {} of {imgsz} px fit with {name}", counted(*batch, "image", "images"))
+            }
+            Found::Nothing(error) => format!("with {name} at {imgsz} px: {error}"),
         }
     }
 }

@@ -25,10 +25,13 @@ impl Room for Plain {
         self.gpu
     }
 
-    fn largest(&self, model: &str, imgsz: usize) -> Result<Largest, TrainError> {
+    fn largest(&self, model: &str, imgsz: usize) -> Result<usize, TrainError> {
         let one = self.bytes(model, imgsz, 1)?;
-        let batch = (self.free / one) as usize;
-        Ok(Largest { batch, bytes: one * batch.max(1) as u64 })
+        let (needed_mib, available_mib) = (one >> 20, self.free >> 20);
+        match (self.free / one) as usize {
+            0 => Err(TrainError::Memory { batch: 1, imgsz, needed_mib, available_mib, largest: 0 }),
+            batch => Ok(batch),
+        }
     }
 
     fn bytes(&self, model: &str, imgsz: usize, batch: usize) -> Result<u64, TrainError> {
