@@ -1,7 +1,6 @@
 //! Ports to the outside and their implementations: the journal and the shared queue, the object store, the tracking
 //! server, the process table, the GPUs, the logs.
 
-pub mod files;
 pub mod gpu;
 pub mod logs;
 pub mod process;

@@ -289,11 +289,13 @@ fn a_job_that_requires_a_gpu_waits_for_one() {
     for (seats, looked, sentence) in cases {
         let mut journal = Journal::in_memory().expect("opens");
         on(&mut journal, &config, "a", "cpu}\nrequires_gpu: true\nmetadata: {x: y");
-        let round = schedule(&mut journal, &config, seats, &looked, i64::MAX / 2).expect("schedules");
+        let round = schedule(&mut journal, &config, seats, &looked, &Gate::default(), i64::MAX / 2)
+            .expect("schedules");
         assert_eq!((round.starts.len(), round.waiting), (0, 1));
         assert_eq!(reason(&journal, "a"), sentence);
         let seats = [cpus(1), vec![gpu(3).seat(None)]].concat();
-        let round = schedule(&mut journal, &config, seats, &found(&[]), i64::MAX / 2).expect("schedules");
+        let round = schedule(&mut journal, &config, seats, &found(&[]), &Gate::default(), i64::MAX / 2)
+            .expect("schedules");
         assert_eq!(round.starts.iter().map(|start| start.seat).collect::<Vec<_>>(), [1]);
     }
 }

@@ -76,7 +76,7 @@ impl Consumer {
         };
         self.unreadable.remove(&key_of(&taken));
         let task_id = readable.spec.task_id.clone();
-        if readable.message.requires_gpu == Some(true) && !standing.has_gpu {
+        if readable.spec.requires_gpu && !standing.has_gpu {
             return self.pass(taken, &task_id).await;
         }
         let known = self.job(&task_id).await?;
@@ -126,10 +126,7 @@ impl Consumer {
     async fn read(&self, taken: &Taken) -> Result<Result<Readable, Unreadable>, Trouble> {
         let (fields, entry, context) = (taken.fields.clone(), named_entry(taken), self.parts.context.clone());
         let read = move || {
-            let mut disk = Disk {
-                working_dir: context.working_dir.clone(),
-                data_path_map: context.data_path_map.clone(),
-            };
+            let mut disk = Disk { context: context.clone() };
             let parsed = match list_kind(&entry) {
                 Some(kind) => {
                     let payload = fields.get("payload").map(String::as_bytes).unwrap_or_default();

@@ -9,15 +9,16 @@ mod blocks;
 mod evaluation;
 mod mask;
 mod overlay;
+mod paths;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::ids::{NAME_ALLOWED, TaskId};
-use crate::train::args::{Source, TrainArgs};
+use crate::train::args::TrainArgs;
 use crate::yaml::{self, Faults, MapReader, Node, Value, YamlError};
 
 pub use crate::train::child::JobMode;
@@ -114,7 +115,7 @@ pub struct SpecContext {
     pub runs_dir: PathBuf,
     /// Folder that relative paths start from.
     pub working_dir: PathBuf,
-    /// Prefixes of data paths and what they become.
+    /// Prefixes of paths (data, weights, files of messages) and what they become here.
     pub data_path_map: Vec<(String, String)>,
 }
 
@@ -325,8 +326,9 @@ impl<'a> Loader<'a> {
         let node = reader.required("model", "the model, e.g. yolov8n", &mut self.faults)?;
         let model = self.faults.text(node, "model")?;
         let lower = model.to_ascii_lowercase();
-        let given = self.context.working_dir.join(&model);
         let is_weights = lower.ends_with(".safetensors") || lower.ends_with(".pt");
+        let model = if is_weights { self.place("model", &model) } else { model };
+        let given = self.context.working_dir.join(&model);
         let is_file = is_weights && given.is_file();
         if self.mode == JobMode::Evaluate {
             self.evaluated_model(node, is_file);
@@ -412,31 +414,8 @@ impl<'a> Loader<'a> {
         }
         args.model = model.unwrap_or_default().to_owned();
         (args.project, args.name, args.exist_ok) = (None, None, false);
-        self.map_data(&mut args);
-        for source in [&mut args.pretrained, &mut args.resume] {
-            if let Source::Path(path) = source {
-                *path = absolute(path, &self.context.working_dir);
-            }
-        }
+        self.place_args(&mut args);
         Some(args)
-    }
-
-    /// Applies the longest prefix of the service's map to the data path, and makes it absolute where it exists.
-    fn map_data(&mut self, args: &mut TrainArgs) {
-        let map = &self.context.data_path_map;
-        let longest = map
-            .iter()
-            .filter(|(prefix, _)| args.data.starts_with(prefix))
-            .max_by_key(|(prefix, _)| prefix.len());
-        if let Some((prefix, replacement)) = longest {
-            let mapped = format!("{replacement}{}", &args.data[prefix.len()..]);
-            self.override_(
-                "train.data",
-                format!("`{}` is read as `{mapped}` by the data path map", args.data),
-            );
-            args.data = mapped;
-        }
-        args.data = absolute(&args.data, &self.context.working_dir);
     }
 
     fn priority(&mut self, node: &Node, key: &str) -> Priority {
@@ -487,10 +466,4 @@ impl<'a> Loader<'a> {
             }
         }
     }
-}
-
-/// A relative path made absolute when something is there; otherwise as written, for the reader of it to judge.
-fn absolute(path: &str, folder: &Path) -> String {
-    let joined = folder.join(path);
-    if joined.exists() { joined.to_string_lossy().into_owned() } else { path.to_owned() }
 }

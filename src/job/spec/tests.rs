@@ -1,6 +1,9 @@
 //! The acceptance corpus, merging, masking and hostile files.
 
+use std::path::Path;
+
 use super::*;
+use crate::train::args::Source;
 
 fn context() -> SpecContext {
     SpecContext {
@@ -155,6 +158,23 @@ fn data_paths_are_mapped_loudly() {
     let spec = JobSpec::load(text, "job.yaml", &mapped).expect("valid").spec;
     assert_eq!(spec.args.data, "/srv/sets/a/data.yaml");
     assert!(spec.overridden.iter().any(|note| note.key == "train.data"));
+}
+
+#[test]
+fn weights_are_mapped_like_data() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let here = folder.path().to_str().expect("a plain path");
+    std::fs::write(folder.path().join("last.pt"), "x").expect("writable");
+    let map = vec![("/models/".to_owned(), format!("{here}/"))];
+    let mapped = SpecContext { data_path_map: map, ..context() };
+    let last = format!("{here}/last.pt");
+    let text = b"model: /models/last.pt\ntype: yolo\ntrain: {mode: val, data: d.yaml}\n";
+    let spec = JobSpec::load(text, "job.yaml", &mapped).expect("valid").spec;
+    assert_eq!(spec.args.model, last);
+    assert!(spec.overridden.iter().any(|note| note.key == "model"), "{:?}", spec.overridden);
+    let text = b"model: yolov8n\ntype: yolo\ntrain: {data: d, resume: /models/last.pt, pretrained: /models/last.pt}\n";
+    let spec = JobSpec::load(text, "job.yaml", &mapped).expect("valid").spec;
+    assert_eq!((spec.args.resume, spec.args.pretrained), (Source::Path(last.clone()), Source::Path(last)));
 }
 
 #[test]
