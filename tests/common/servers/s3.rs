@@ -46,6 +46,7 @@ pub fn server() -> Option<S3Server> {
 pub struct S3Server {
     program: PathBuf,
     folder: tempfile::TempDir,
+    data: PathBuf,
     child: Option<Child>,
     port: u16,
     console_port: u16,
@@ -61,9 +62,20 @@ impl S3Server {
     /// Starts one and waits until it answers.
     pub fn start(program: &Path) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        std::fs::create_dir(folder.path().join("data")).expect("a folder");
+        let data = folder.path().join("data");
+        Self::start_with(program, folder, &data)
+    }
+
+    /// The same with its data in a given folder.
+    pub fn start_in(program: &Path, data: &Path) -> Self {
+        Self::start_with(program, tempfile::tempdir().expect("a folder"), data)
+    }
+
+    fn start_with(program: &Path, folder: tempfile::TempDir, data: &Path) -> Self {
+        std::fs::create_dir_all(data).expect("a folder");
         let mut server = Self {
             program: program.to_owned(),
+            data: data.to_owned(),
             folder,
             child: None,
             port: free_port(),
@@ -110,7 +122,7 @@ impl S3Server {
         self.starts += 1;
         let log_path = self.folder.path().join(format!("log{}", self.starts));
         let log = File::create(&log_path).expect("a log");
-        let data = self.folder.path().join("data");
+        let data = self.data.clone();
         let mut command = Command::new(&self.program);
         if self.is_minio() {
             command.arg("server").arg(&data).arg("--address").arg(self.address().to_string());
