@@ -155,17 +155,16 @@ impl S3Server {
         }
     }
 
-    /// True when it is ready for requests.
+    /// True when it is ready for requests: MinIO refuses a stranger then, another server answers anything at all.
     fn answers(&self) -> bool {
         let Ok(mut stream) = TcpStream::connect_timeout(&self.address(), Duration::from_millis(200)) else {
             return false;
         };
-        let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
-        let request = "GET /minio/health/ready HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
         let mut head = [0u8; 12];
-        let answered = stream.write_all(request.as_bytes()).and_then(|()| stream.read_exact(&mut head));
-        // MinIO answers 200 when it is ready; another server answers anything at all.
-        answered.is_ok() && (!self.is_minio() || &head[9..12] == b"200")
+        let request = b"GET /nobody HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        let answered = stream.write_all(request).and_then(|()| stream.read_exact(&mut head));
+        answered.is_ok() && (!self.is_minio() || &head[9..12] == b"403")
     }
 }
 
