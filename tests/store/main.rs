@@ -6,6 +6,8 @@ mod s3;
 
 mod archive;
 mod contract;
+mod faults;
+mod proxy;
 mod stage;
 
 use std::path::{Path, PathBuf};

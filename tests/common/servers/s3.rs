@@ -46,6 +46,7 @@ pub fn server() -> Option<S3Server> {
 pub struct S3Server {
     program: PathBuf,
     folder: tempfile::TempDir,
+    data: PathBuf,
     child: Option<Child>,
     port: u16,
     console_port: u16,
@@ -61,9 +62,20 @@ impl S3Server {
     /// Starts one and waits until it answers.
     pub fn start(program: &Path) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        std::fs::create_dir(folder.path().join("data")).expect("a folder");
+        let data = folder.path().join("data");
+        Self::start_with(program, folder, &data)
+    }
+
+    /// The same with its data in a given folder.
+    pub fn start_in(program: &Path, data: &Path) -> Self {
+        Self::start_with(program, tempfile::tempdir().expect("a folder"), data)
+    }
+
+    fn start_with(program: &Path, folder: tempfile::TempDir, data: &Path) -> Self {
+        std::fs::create_dir_all(data).expect("a folder");
         let mut server = Self {
             program: program.to_owned(),
+            data: data.to_owned(),
             folder,
             child: None,
             port: free_port(),
@@ -110,7 +122,7 @@ impl S3Server {
         self.starts += 1;
         let log_path = self.folder.path().join(format!("log{}", self.starts));
         let log = File::create(&log_path).expect("a log");
-        let data = self.folder.path().join("data");
+        let data = self.data.clone();
         let mut command = Command::new(&self.program);
         if self.is_minio() {
             command.arg("server").arg(&data).arg("--address").arg(self.address().to_string());
@@ -143,17 +155,16 @@ impl S3Server {
         }
     }
 
-    /// True when it is ready for requests.
+    /// True when it is ready for requests: MinIO refuses a stranger then, another server answers anything at all.
     fn answers(&self) -> bool {
         let Ok(mut stream) = TcpStream::connect_timeout(&self.address(), Duration::from_millis(200)) else {
             return false;
         };
-        let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
-        let request = "GET /minio/health/ready HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
         let mut head = [0u8; 12];
-        let answered = stream.write_all(request.as_bytes()).and_then(|()| stream.read_exact(&mut head));
-        // MinIO answers 200 when it is ready; another server answers anything at all.
-        answered.is_ok() && (!self.is_minio() || &head[9..12] == b"200")
+        let request = b"GET /nobody HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        let answered = stream.write_all(request).and_then(|()| stream.read_exact(&mut head));
+        answered.is_ok() && (!self.is_minio() || &head[9..12] == b"403")
     }
 }
 

@@ -10,13 +10,15 @@ use super::faults::{self, Soon};
 use crate::adapters::store::error::StoreError;
 
 /// Time of a request that carries nothing: the way there, and the server's own work.
-const REQUEST_LIMIT: Duration = Duration::from_secs(15);
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 /// The slowest pace at which a body may flow.
 const PACE_BYTES_PER_S: u64 = 256 << 10;
 /// Tries of one request.
 const TRIES_MAX: u32 = 8;
 /// Tries while nobody listens.
 const CONNECT_TRIES_MAX: u32 = 3;
+/// Tries while nobody answers.
+const SILENT_TRIES_MAX: u32 = 2;
 /// No try begins later than this after the first.
 const TRY_FOR: Duration = Duration::from_secs(30);
 /// The first pause between tries.
@@ -46,6 +48,7 @@ impl Tries {
         let tries_max = match soon {
             Soon::No => return false,
             Soon::NotListening => CONNECT_TRIES_MAX,
+            Soon::Silent => SILENT_TRIES_MAX,
             Soon::Yes => TRIES_MAX,
         };
         if self.count >= tries_max || self.begun.elapsed() > TRY_FOR {
@@ -91,7 +94,7 @@ impl MinioStore {
                 }
                 Err(_) => {
                     let limit_ms = limit.as_millis() as u64;
-                    (StoreError::Timeout { what: what.to_owned(), limit_ms }, Soon::Yes)
+                    (StoreError::Timeout { what: what.to_owned(), limit_ms }, Soon::Silent)
                 }
             };
             if !tries.again(soon).await {

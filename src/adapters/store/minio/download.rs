@@ -135,7 +135,7 @@ impl MinioStore {
                 Err(Broken::Taker(error)) => return Err(error),
                 Err(Broken::Silent) => {
                     let limit_ms = SILENCE_MAX.as_millis() as u64;
-                    (StoreError::Timeout { what: what.clone(), limit_ms }, Soon::Yes)
+                    (StoreError::Timeout { what: what.clone(), limit_ms }, Soon::Silent)
                 }
                 Err(Broken::Request(error)) => {
                     let fault = faults::read(&what, &object, error);

@@ -33,6 +33,8 @@ pub(super) enum Soon {
     No,
     /// Nobody listens there.
     NotListening,
+    /// Nobody answered in time.
+    Silent,
     /// A fault of the moment.
     Yes,
 }
