@@ -40,7 +40,7 @@ fn a_second_machine_goes_on_in_the_run_and_the_first_is_fenced_off() {
 #[test]
 fn machines_that_start_in_one_moment_keep_one_run() {
     with_server(async |world| {
-        for _ in 0..5 {
+        for _ in 0..6 {
             let run = run("race");
             let sinks: Vec<_> = (0..4).map(|_| world.sink()).collect();
             let deliveries: Vec<_> = (0..4)

@@ -32,8 +32,6 @@ use crate::job::service::MlflowConfig;
 
 /// Runs whose identity on the server is remembered.
 const REMEMBERED_MAX: usize = 1024;
-/// Further attempts at a run that goes away meanwhile.
-const TRIES_MAX: usize = 5;
 /// Tag with the fence and the time of the newest start, `fence:milliseconds`.
 const STARTED: &str = "boxwright.started";
 /// Tag with the parameters that a later attempt has otherwise.
@@ -221,16 +219,16 @@ impl Sink for MlflowSink {
     }
 
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
-        let mut view = self.make(delivery).await;
-        for _ in 0..TRIES_MAX {
-            // The run may have gone while we wrote to it: another machine that made one in the same moment keeps its own.
-            let is_suspect =
-                matches!(view, Err(TrackingError::Refused { .. } | TrackingError::Missing { .. }));
-            if !is_suspect || !self.is_gone(&delivery.body.run().instance).await {
-                break;
+        let view = match &delivery.body {
+            DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
+            DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
+            DeliveryBody::RunEnd(end) => self.end(end).await.map(Some),
+            DeliveryBody::Files(files) => self.files(files, delivery.at_unix_ms).await,
+            DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
+                let what = "the tracking server takes runs, their samples and their files".to_owned();
+                Err(TrackingError::Delivery { what })
             }
-            view = self.make(delivery).await;
-        }
+        };
         let view = view.map_err(|error| self.verdict(error, delivery))?;
         let notes = view.map(|view| {
             let url = self.page(&view);
@@ -241,24 +239,6 @@ impl Sink for MlflowSink {
 }
 
 impl MlflowSink {
-    async fn make(&self, delivery: &Delivery) -> Result<Option<RunView>, TrackingError> {
-        match &delivery.body {
-            DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
-            DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
-            DeliveryBody::RunEnd(end) => self.end(end).await.map(Some),
-            DeliveryBody::Files(files) => self.files(files, delivery.at_unix_ms).await,
-            DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
-                let what = "the tracking server takes runs, their samples and their files".to_owned();
-                Err(TrackingError::Delivery { what })
-            }
-        }
-    }
-
-    /// True when the run that we wrote to is there no longer.
-    async fn is_gone(&self, instance: &str) -> bool {
-        self.remembered(instance).is_some() && matches!(self.known(instance).await, Ok(None))
-    }
-
     /// What a failure means for the delivery.
     fn verdict(&self, error: TrackingError, delivery: &Delivery) -> DeliveryError {
         // Rather one lane than all, once it looks as if the server failed at this delivery only.

@@ -15,10 +15,14 @@ pub(super) const INSTANCE: &str = "boxwright.instance";
 pub(super) const FENCE: &str = "boxwright.fence";
 /// Tag with the machine of the owner.
 pub(super) const MACHINE: &str = "boxwright.machine";
-/// Tag of a run that somebody uses.
-const SETTLED: &str = "boxwright.settled";
-/// Attempts to agree with other machines on a run.
-const TRIES_MAX: usize = 8;
+/// Parameter that says whether a run is the one of its instance. Parameters can be written once only.
+const DECISION: &str = "boxwright.run";
+/// It is.
+const KEPT: &str = "kept";
+/// It is not, another is.
+const DROPPED: &str = "dropped";
+/// Looks for a run on which machines agree.
+const LOOKS_MAX: usize = 8;
 /// Runs of one instance that are looked at (one is right, a second is an accident).
 const RUNS_MAX: usize = 50;
 /// Tags or parameters of one request.
@@ -48,9 +52,9 @@ pub(super) struct RunView {
 
 /// Runs of one instance.
 struct Runs {
-    /// The one to use first.
+    /// In the order in which they are preferred.
     active: Vec<RunView>,
-    /// A deleted one.
+    /// One that was deleted, and not by us.
     deleted: Option<String>,
 }
 
@@ -97,9 +101,9 @@ impl RunView {
         })
     }
 
-    /// True when somebody uses it.
-    fn is_settled(&self) -> bool {
-        self.tags.contains_key(SETTLED)
+    /// True when this was decided about it.
+    fn is(&self, word: &str) -> bool {
+        self.params.get(DECISION).is_some_and(|decided| decided == word)
     }
 
     /// The fencing number of the owner; 0 when nobody said one.
@@ -161,7 +165,7 @@ impl MlflowSink {
     }
 
     /// The run that we have seen before, if it is still there.
-    pub(super) async fn known(&self, instance: &str) -> Result<Option<RunView>, TrackingError> {
+    async fn known(&self, instance: &str) -> Result<Option<RunView>, TrackingError> {
         let Some(id) = self.remembered(instance) else { return Ok(None) };
         let answer = match self.client.get("runs/get", &[("run_id", &id)]).await {
             Ok(answer) => RunView::read(&answer["run"]).filter(|view| view.is_active),
@@ -175,6 +179,11 @@ impl MlflowSink {
         Ok(answer)
     }
 
+    /// The run that all machines use.
+    ///
+    /// Two may look, find none, and make one each. The server lets a parameter be written once only, and that decides: a run is
+    /// kept when somebody, after a look, has had all others of that look dropped and then this one kept. Of two runs the
+    /// later one's maker sees both, so no two are kept, and a kept one is never deleted.
     async fn found_or_made(
         &self,
         run: &RunRef,
@@ -182,34 +191,35 @@ impl MlflowSink {
         is_start: bool,
     ) -> Result<RunView, TrackingError> {
         let experiment_id = self.experiment(&run.study_name, is_start).await?;
-        let mut tries = 0;
-        loop {
+        for _ in 0..LOOKS_MAX {
             let mut there = self.runs_of(&experiment_id, run).await?;
-            let view = match there.active.is_empty() {
-                false => there.active.swap_remove(0),
-                true => match there.deleted {
-                    Some(id) => return Err(TrackingError::Deleted { what: format!("run {id}") }),
-                    None => self.made(&experiment_id, run, started_unix_ms).await?,
-                },
-            };
-            match self.tag(&view, &[(SETTLED, "yes")]).await {
-                // Another machine threw it away in favour of its own.
-                Err(TrackingError::Refused { .. }) if tries < TRIES_MAX => tries += 1,
-                other => return other.map(|()| view),
+            if let Some(at) = there.active.iter().position(|view| view.is(KEPT)) {
+                let kept = there.active.swap_remove(at);
+                self.drop_runs(&there.active).await?;
+                return Ok(kept);
+            }
+            if there.active.is_empty() {
+                if let Some(id) = there.deleted {
+                    return Err(TrackingError::Deleted { what: format!("run {id}") });
+                }
+                self.make_run(&experiment_id, run, started_unix_ms).await?;
+                continue;
+            }
+            let first = there.active.remove(0);
+            if self.drop_runs(&there.active).await? && self.decide(&first.id, KEPT).await? {
+                return Ok(first);
             }
         }
+        let said = format!("other machines make and drop runs of {} all the time", run.task_id);
+        Err(TrackingError::Failed { operation: "runs/create", status: 200, said })
     }
 
-    /// A new run, or the one that another machine made in the same moment.
-    ///
-    /// Whoever has made one looks again. Of several the one that somebody has settled for stays, else the first by time and
-    /// identity, so that all choose the same; the others are deleted.
-    async fn made(
+    async fn make_run(
         &self,
         experiment_id: &str,
         run: &RunRef,
         started_unix_ms: i64,
-    ) -> Result<RunView, TrackingError> {
+    ) -> Result<(), TrackingError> {
         let tags = identity(run);
         let body = json!({
             "experiment_id": experiment_id,
@@ -217,27 +227,41 @@ impl MlflowSink {
             "start_time": started_unix_ms.max(0),
             "tags": items(tags.iter().map(|(key, value)| (*key, value.as_str()))),
         });
-        let answer = self.client.post("runs/create", &body).await?;
-        let mine = RunView::read(&answer["run"]).ok_or_else(|| unexpected("runs/create", "run"))?;
-        let mut there = self.runs_of(experiment_id, run).await?.active;
-        if there.is_empty() {
-            return Ok(mine);
+        self.client.post("runs/create", &body).await.map(|_| ())
+    }
+
+    /// Drops and deletes runs; false when one of them is kept.
+    async fn drop_runs(&self, views: &[RunView]) -> Result<bool, TrackingError> {
+        for view in views {
+            if !view.is(DROPPED) && !self.decide(&view.id, DROPPED).await? {
+                return Ok(false);
+            }
+            match self.client.post("runs/delete", &json!({ "run_id": view.id })).await {
+                // Somebody else was faster.
+                Ok(_) | Err(TrackingError::Refused { .. } | TrackingError::Missing { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
-        let winner = there.remove(0);
-        let is_mine = winner.id == mine.id;
-        for loser in there.iter().filter(|view| view.id == mine.id || (is_mine && !view.is_settled())) {
-            self.client.post("runs/delete", &json!({ "run_id": loser.id })).await?;
+        Ok(true)
+    }
+
+    /// Writes the decision about a run, once for all; false when it was decided otherwise.
+    async fn decide(&self, run_id: &str, word: &str) -> Result<bool, TrackingError> {
+        match self.log_params(run_id, items([(DECISION, word)])).await {
+            Ok(()) => return Ok(true),
+            Err(TrackingError::Refused { .. }) => {}
+            Err(error) => return Err(error),
         }
-        Ok(winner)
+        let answer = self.client.get("runs/get", &[("run_id", run_id)]).await?;
+        let view = RunView::read(&answer["run"]).ok_or_else(|| unexpected("runs/get", "run"))?;
+        Ok(view.is(word) || (word == DROPPED && !view.is_active))
     }
 
     /// Deletes the empty twins of a run: a request to make it that was given up may have been carried out later.
     pub(super) async fn drop_twins(&self, view: &RunView, run: &RunRef) -> Result<(), TrackingError> {
-        let there = self.runs_of(&view.experiment_id, run).await?.active;
-        for twin in there.iter().filter(|twin| twin.id != view.id && !twin.is_settled()) {
-            self.client.post("runs/delete", &json!({ "run_id": twin.id })).await?;
-        }
-        Ok(())
+        let mut there = self.runs_of(&view.experiment_id, run).await?.active;
+        there.retain(|twin| twin.id != view.id);
+        self.drop_runs(&there).await.map(|_| ())
     }
 
     /// The runs of an instance.
@@ -256,10 +280,17 @@ impl MlflowSink {
         let views = runs.iter().filter_map(RunView::read);
         let (mut active, deleted): (Vec<_>, Vec<_>) = views.partition(|view| view.is_active);
         active.sort_by(|a, b| {
-            let key = |view: &RunView| (!view.is_settled(), view.start_unix_ms);
+            let key = |view: &RunView| (view.is(DROPPED), view.start_unix_ms);
             key(a).cmp(&key(b)).then_with(|| a.id.cmp(&b.id))
         });
-        Ok(Runs { active, deleted: deleted.into_iter().next().map(|view| view.id) })
+        // One that was dropped and not deleted yet is no candidate.
+        if let Some(dropped) = active.first().filter(|view| view.is(DROPPED)) {
+            tracing::debug!(run_id = dropped.id, "dropped runs are deleted");
+            self.drop_runs(&active).await?;
+            active.clear();
+        }
+        let by_people = deleted.into_iter().find(|view| !view.is(DROPPED));
+        Ok(Runs { active, deleted: by_people.map(|view| view.id) })
     }
 
     /// The experiment of a study, made when it is missing. A deleted one comes back when a run begins.
