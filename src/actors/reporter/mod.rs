@@ -3,12 +3,11 @@
 //! Owns: a thread with a runtime of its own, what is to be shown of each job. In: the supervisor's notices (never
 //! waits), the wish to end. Out: `progress:{task_id}`, the channels, `stream:{task_id}`. What is shown is liveness: while
 //! Redis is away nothing piles up, and afterwards the newest state and the log from where it was are shown. Results and
-//! metrics are facts: they go through the outbox ([`RedisSink`]). Limits: a flush a second, [`LOG_BYTES_MAX`] of
+//! metrics are facts: they go through the outbox ([`RedisSink`](crate::adapters::queue::redis::RedisSink)). Limits: a flush a second, [`LOG_BYTES_MAX`] of
 //! a log at once, [`JOBS_MAX`] jobs.
 
 mod fields;
 mod log;
-mod sink;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,8 +25,6 @@ use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
 use crate::job::state::JobState;
 use fields::Shown;
-
-pub use sink::RedisSink;
 
 /// Between two flushes of what changed.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);

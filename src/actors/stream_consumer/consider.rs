@@ -64,12 +64,6 @@ impl Consumer {
     pub(super) async fn consider(&mut self, taken: Taken, standing: &Standing) -> Result<(), Trouble> {
         let fleet = self.parts.fleet.clone();
         let place = name_of(&taken);
-        if taken.deliveries > DELIVERIES_MAX {
-            let reason = format!("delivered {} times without coming to an end", taken.deliveries);
-            tracing::error!("{place} goes to the dead: {reason}");
-            fleet.bury(&taken.entry, &taken.fields, &reason).await?;
-            return Ok(());
-        }
         let readable = match self.read(&taken).await? {
             Ok(readable) => readable,
             Err(unreadable) => return self.put_aside(taken, unreadable).await,
@@ -80,6 +74,12 @@ impl Consumer {
             return self.pass(taken, &task_id).await;
         }
         let known = self.job(&task_id).await?;
+        if known.is_none() && taken.deliveries > DELIVERIES_MAX {
+            let reason = format!("delivered {} times without becoming a job", taken.deliveries);
+            tracing::error!("{place} goes to the dead: {reason}");
+            fleet.bury(&taken.entry, &taken.fields, &reason).await?;
+            return Ok(());
+        }
         let instance = self.instance(&taken, &task_id, known.as_ref()).await?;
         if fleet.is_done(&instance).await? {
             tracing::info!(task_id = %task_id, "{place} has been worked on; it is acknowledged");
@@ -88,8 +88,9 @@ impl Consumer {
         }
         if let Some(known) = &known {
             let is_same = known.instance == instance;
-            if is_same && known.state.is_terminal() && known.state != JobState::Moved {
-                // Its result waits in the outbox and acknowledges the entry.
+            if is_same && known.state != JobState::Moved {
+                // It is in hand, and the heartbeat keeps its lease; or it has ended, and its result, which waits in the
+                // outbox, acknowledges the entry.
                 return Ok(());
             }
             if !is_same && !known.state.is_terminal() {
@@ -109,13 +110,6 @@ impl Consumer {
                 self.put_off(taken).await
             }
             Acquired::Mine { fence, attempts_before } => {
-                if let Some(known) =
-                    known.filter(|known| known.instance == instance && !known.state.is_terminal())
-                {
-                    let seq = known.seq;
-                    self.keep(move |journal| journal.set_fence(seq, fence)).await?;
-                    return Ok(());
-                }
                 let shared = SharedJob { instance, entry: taken.entry.clone(), fence, attempts_before };
                 self.accept(taken, readable, shared).await
             }
