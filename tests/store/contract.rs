@@ -120,3 +120,30 @@ async fn long_lists_come_in_pages() {
     assert_eq!(listed.len(), 1_050);
     assert!(listed.is_sorted());
 }
+
+/// Readers see the old object or the new one, never a mixture and never a failure, while it is replaced.
+#[tokio::test]
+async fn an_object_that_is_replaced_while_it_is_read_is_whole() {
+    let Some(server) = s3::server() else { return };
+    let store = open(&server.config());
+    let (models, at) = (bucket("models"), key("manifest.json"));
+    store.prepare(&models).await.expect("prepared");
+    let content = |number: u8| vec![number; 300_000 + usize::from(number)];
+    store.put_bytes(&models, &at, content(0)).await.expect("stored");
+    let writer = {
+        let (store, models, at) = (store.clone(), models.clone(), at.clone());
+        tokio::spawn(async move {
+            for number in 1..60 {
+                store.put_bytes(&models, &at, content(number)).await.expect("stored");
+            }
+        })
+    };
+    let mut reads = 0;
+    while !writer.is_finished() {
+        let read = store.get_bytes(&models, &at, 1 << 20).await.expect("read");
+        assert!(read == content(read[0]), "a mixture of {} bytes", read.len());
+        reads += 1;
+    }
+    writer.await.expect("written");
+    eprintln!("{reads} reads during 59 writes");
+}

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use boxwright::adapters::sink::{AfterFailure, DeliveryError};
 use boxwright::adapters::store::archive::StoreSink;
@@ -77,6 +77,31 @@ async fn wrong_credentials_are_said_without_being_shown() {
         let shown = format!("{} {error:?}", error.chain());
         assert!(!shown.contains("wr0ng-secret"), "{shown}");
     }
+}
+
+#[tokio::test]
+async fn a_certificate_of_an_own_authority_is_trusted_when_it_is_named() {
+    let Some(server) = s3::server().filter(S3Server::is_minio) else { return };
+    let Some(server) = server.with_tls() else {
+        eprintln!("SKIPPED: no openssl to make certificates with");
+        return;
+    };
+    let models = bucket("models");
+    let store = open(&server.config());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // Over TLS the helper cannot see when the server is ready.
+    while let Err(error) = store.prepare(&models).await {
+        assert!(Instant::now() < deadline, "{error:?}");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = write(folder.path(), "a", &noise(11 * MIB, 1));
+    let file = LocalFile::open(&path, Content::Replaced).expect("opened");
+    store.put_file(&models, &key("a"), &file).await.expect("stored");
+    store.get_to_file(&models, &key("a"), &path, Some(&file.sha256)).await.expect("fetched");
+    assert!(store.url(&models, &key("a")).starts_with("https://"));
+    let stranger = StoreConfig { ca_file: None, ..server.config() };
+    let error = open(&stranger).head(&models, &key("a")).await.expect_err("not trusted");
+    assert!(DeliveryError::from(error).chain().to_lowercase().contains("certificate"));
 }
 
 #[tokio::test]

@@ -51,6 +51,26 @@ pub struct S3Server {
     port: u16,
     console_port: u16,
     starts: u32,
+    /// Folder of certificates, when it speaks TLS.
+    certificates: Option<PathBuf>,
+}
+
+/// Makes a certificate authority `ca.crt` and a certificate of 127.0.0.1 signed by it. False without `openssl`.
+fn make_certificates(folder: &Path) -> bool {
+    std::fs::create_dir_all(folder).expect("a folder");
+    std::fs::write(folder.join("names"), "subjectAltName=IP:127.0.0.1,DNS:localhost\n").expect("written");
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    let steps = [
+        format!("req -x509 {key} -keyout ca.key -out ca.crt -days 2 -subj /CN=boxwright-test"),
+        format!("req {key} -keyout private.key -out leaf.csr -subj /CN=localhost"),
+        "x509 -req -in leaf.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out public.crt -days 2 -extfile names"
+            .to_owned(),
+    ];
+    steps.iter().all(|step| {
+        let mut command = Command::new("openssl");
+        command.args(step.split(' ')).current_dir(folder).stdout(Stdio::null()).stderr(Stdio::null());
+        command.status().is_ok_and(|status| status.success())
+    })
 }
 
 fn free_port() -> u16 {
@@ -81,9 +101,26 @@ impl S3Server {
             port: free_port(),
             console_port: free_port(),
             starts: 0,
+            certificates: None,
         };
         server.run();
         server
+    }
+
+    /// Puts MinIO behind TLS with a certificate of its own authority. `None` without `openssl`.
+    pub fn with_tls(mut self) -> Option<Self> {
+        let folder = self.folder.path().join("certificates");
+        if !make_certificates(&folder) {
+            return None;
+        }
+        self.certificates = Some(folder);
+        self.run();
+        Some(self)
+    }
+
+    /// The certificate of its authority.
+    pub fn ca_file(&self) -> Option<PathBuf> {
+        self.certificates.as_ref().map(|folder| folder.join("ca.crt"))
     }
 
     /// Where it listens.
@@ -100,7 +137,11 @@ impl S3Server {
     pub fn config(&self) -> StoreConfig {
         StoreConfig {
             folder: None,
-            endpoint: Some(format!("http://{}", self.address())),
+            endpoint: Some(match self.certificates {
+                None => format!("http://{}", self.address()),
+                Some(_) => format!("https://{}", self.address()),
+            }),
+            ca_file: self.ca_file(),
             id: Some(Secret::new("boxwright-test")),
             secret: Some(Secret::new("boxwright-test-secret")),
             part_bytes: 5 << 20,
@@ -127,6 +168,9 @@ impl S3Server {
         if self.is_minio() {
             command.arg("server").arg(&data).arg("--address").arg(self.address().to_string());
             command.arg("--console-address").arg(format!("127.0.0.1:{}", self.console_port));
+            if let Some(folder) = &self.certificates {
+                command.arg("--certs-dir").arg(folder);
+            }
             command.env("MINIO_ROOT_USER", "boxwright-test");
             command.env("MINIO_ROOT_PASSWORD", "boxwright-test-secret");
             command.env("MINIO_BROWSER", "off").env("MINIO_UPDATE", "off");
@@ -160,6 +204,9 @@ impl S3Server {
         let Ok(mut stream) = TcpStream::connect_timeout(&self.address(), Duration::from_millis(200)) else {
             return false;
         };
+        if self.certificates.is_some() {
+            return true;
+        }
         let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
         let mut head = [0u8; 12];
         let request = b"GET /nobody HTTP/1.0\r\nHost: localhost\r\n\r\n";

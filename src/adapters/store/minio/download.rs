@@ -19,6 +19,8 @@ use crate::adapters::store::{BucketName, ObjectHead, ObjectKey, blocking, hex};
 
 /// Longest silence of a server that sends an object.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Further tries of an object that was replaced while it was fetched.
+const REPLACED_TRIES_MAX: u32 = 5;
 /// Bytes handed to the disk at one time.
 const PIECE_BYTES: usize = 1 << 20;
 
@@ -65,7 +67,24 @@ impl Taker for ToHash {
 }
 
 impl MinioStore {
+    /// An object to a file; again from the start when it was replaced in the middle of it.
     pub(super) async fn download(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        path: &Path,
+        expected: Option<&str>,
+    ) -> Result<ObjectHead, StoreError> {
+        let mut tries = 0;
+        loop {
+            match self.download_once(bucket, key, path, expected).await {
+                Err(error) if faults::is_replaced(&error) && tries < REPLACED_TRIES_MAX => tries += 1,
+                done => return done,
+            }
+        }
+    }
+
+    async fn download_once(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,
@@ -91,7 +110,23 @@ impl MinioStore {
         Ok(ObjectHead { sha256: Some(sha256), ..seen.head })
     }
 
+    /// A small object to memory; the same.
     pub(super) async fn read(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes_max: u64,
+    ) -> Result<Vec<u8>, StoreError> {
+        let mut tries = 0;
+        loop {
+            match self.read_once(bucket, key, bytes_max).await {
+                Err(error) if faults::is_replaced(&error) && tries < REPLACED_TRIES_MAX => tries += 1,
+                done => return done,
+            }
+        }
+    }
+
+    async fn read_once(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,

@@ -158,8 +158,18 @@ fn by_code(what: &str, object: &str, reply: Reply) -> Fault {
 
 /// True when the server no longer knows the upload: it was completed or given up.
 pub(super) fn is_upload_gone(error: &StoreError) -> bool {
+    is_code(error, &["NoSuchUpload"])
+}
+
+/// True when the object was replaced between two requests.
+pub(super) fn is_replaced(error: &StoreError) -> bool {
+    is_code(error, &["PreconditionFailed", "HTTP 412", "InvalidRange", "HTTP 416"])
+}
+
+fn is_code(error: &StoreError, codes: &[&str]) -> bool {
     let StoreError::Refused { source: Some(source), .. } = error else { return false };
-    source.downcast_ref::<Reply>().is_some_and(|reply| reply.code.eq_ignore_ascii_case("NoSuchUpload"))
+    let reply = source.downcast_ref::<Reply>();
+    reply.is_some_and(|reply| codes.iter().any(|code| reply.code.eq_ignore_ascii_case(code)))
 }
 
 #[cfg(test)]
@@ -174,6 +184,7 @@ mod tests {
         assert!(matches!(reply("XMinioStorageFull").error, StoreError::Full { .. }));
         assert_eq!(reply("SlowDown").soon, Soon::Yes);
         assert_eq!(reply("InvalidArgument").soon, Soon::No);
+        assert!(is_replaced(&reply("PreconditionFailed").error));
         assert!(is_upload_gone(&reply("NoSuchUpload").error));
         let state = |status| by_status("put", "b/k", status, String::new());
         assert!(matches!(state(507).error, StoreError::Full { .. }));

@@ -13,6 +13,7 @@ use std::path::Path;
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use minio::s3::builders::{CopyObjectInternal, CopySource};
+use minio::s3::client::Method;
 use minio::s3::creds::{Credentials, Provider};
 use minio::s3::http::BaseUrl;
 use minio::s3::multimap_ext::{Multimap, MultimapExt};
@@ -38,8 +39,8 @@ const PAGES_MAX: usize = 10_000;
 #[derive(Clone)]
 pub struct MinioStore {
     client: MinioClient,
-    /// Scheme, host and port.
-    address: String,
+    /// How addresses of objects are made.
+    base: BaseUrl,
     part_bytes: u64,
 }
 
@@ -60,6 +61,26 @@ impl Provider for Keys {
     }
 }
 
+/// The address of a configuration.
+fn base_url(config: &StoreConfig) -> Result<BaseUrl, StoreError> {
+    let fault = |what: &str, source| StoreError::Config { what: what.to_owned(), source };
+    let endpoint = config.endpoint.as_deref().unwrap_or_default();
+    if endpoint.contains('@') {
+        return Err(fault("its address holds a user; keys belong in the environment or in files", None));
+    }
+    let mut base: BaseUrl = endpoint
+        .trim_end_matches('/')
+        .parse()
+        .map_err(|error| fault(&format!("address {endpoint:?}"), Some(Box::new(error))))?;
+    // An address may name its region itself.
+    if base.region.as_str().is_empty() {
+        base.region = types::Region::new(&config.region)
+            .map_err(|error| fault(&format!("region {:?}", config.region), Some(Box::new(error))))?;
+    }
+    base.virtual_style = !config.is_path_style;
+    Ok(base)
+}
+
 impl MinioStore {
     /// The store of a configuration with an endpoint. Asks nothing over the network.
     ///
@@ -67,34 +88,20 @@ impl MinioStore {
     /// [`StoreError::Config`] for an address, a certificate file or credentials that cannot be used.
     pub fn new(config: &StoreConfig) -> Result<Self, StoreError> {
         let fault = |what: &str, source| StoreError::Config { what: what.to_owned(), source };
-        let endpoint = config.endpoint.as_deref().unwrap_or_default();
-        if endpoint.contains('@') {
-            return Err(fault("its address holds a user; keys belong in the environment or in files", None));
-        }
-        let mut base: BaseUrl = endpoint
-            .trim_end_matches('/')
-            .parse()
-            .map_err(|error| fault(&format!("address {endpoint:?}"), Some(Box::new(error))))?;
-        // An address may name its region itself.
-        if base.region.as_str().is_empty() {
-            base.region = types::Region::new(&config.region)
-                .map_err(|error| fault(&format!("region {:?}", config.region), Some(Box::new(error))))?;
-        }
-        base.virtual_style = !config.is_path_style;
-        let address = base.to_url_string();
+        let base = base_url(config)?;
         let keys = match (&config.id, &config.secret) {
             (Some(id), Some(secret)) => Some(Keys { id: id.clone(), secret: secret.clone() }),
             (None, None) => None,
             (Some(_), None) => return Err(fault("the access key has no secret key", None)),
             (None, Some(_)) => return Err(fault("the secret key has no access key", None)),
         };
-        let client = MinioClientBuilder::new(base)
+        let client = MinioClientBuilder::new(base.clone())
             .provider(keys)
             .ssl_cert_file(config.ca_file.as_deref())
             .app_info(Some(("boxwright".into(), env!("CARGO_PKG_VERSION").into())))
             .build()
             .map_err(|error| fault("its certificates or its client", Some(Box::new(error))))?;
-        Ok(Self { client, address, part_bytes: config.part_bytes })
+        Ok(Self { client, base, part_bytes: config.part_bytes })
     }
 
     async fn look(&self, bucket: &BucketName, key: &ObjectKey) -> Result<Seen, StoreError> {
@@ -290,7 +297,14 @@ impl ObjectStore for MinioStore {
     }
 
     fn url(&self, bucket: &BucketName, key: &ObjectKey) -> String {
-        format!("{}/{bucket}/{}", self.address, urlencode_object_key(key.as_str()))
+        let address = || {
+            let (bucket, key) =
+                (types::BucketName::new(bucket.as_str())?, types::ObjectKey::new(key.as_str())?);
+            let none = Multimap::new();
+            self.base.build_url(&Method::GET, &self.base.region, &none, Some(&bucket), Some(&key))
+        };
+        let plain = |_| format!("{}/{bucket}/{key}", self.base.to_url_string());
+        address().map_or_else(plain, |url| url.to_string())
     }
 }
 
@@ -310,6 +324,9 @@ mod tests {
         let (bucket, key) =
             (BucketName::new("models").expect("ok"), ObjectKey::new("a b/ä.txt").expect("ok"));
         assert_eq!(store.url(&bucket, &key), "http://h:9000/models/a%20b/%C3%A4.txt");
+        let virtual_host = StoreConfig { is_path_style: false, ..config("https://s3.example:9443") };
+        let store = MinioStore::new(&virtual_host).expect("a store");
+        assert_eq!(store.url(&bucket, &key), "https://models.s3.example:9443/a%20b/%C3%A4.txt");
         let shown = format!("{:?}", store.client);
         assert!(!shown.contains("the-id") && !shown.contains("the-secret"), "{shown}");
         for bad in ["http://u:p@h", "ftp://h", "http://h/path", "http://"] {
