@@ -5,14 +5,16 @@
 #   BOXWRIGHT_S3_SERVERS     all of these, separated by colons
 #   BOXWRIGHT_MLFLOW         the command `mlflow` of an environment of its own
 # What a variable names already is kept. Everything else lies below BOXWRIGHT_SERVICES (~/.cache/boxwright-services) and is
-# fetched once: s3s-fs by cargo (1 to 2 minutes), MLflow by pip (about 1 minute), MinIO by go (about 5 minutes) only
-# with BOXWRIGHT_MINIO=1. Progress goes to standard error.
+# fetched once: s3s-fs by cargo, with the changes of scripts/s3s-fs.sed (1 to 2 minutes), MLflow by pip (1 to 2 minutes), MinIO
+# by go (about 5 minutes) only with BOXWRIGHT_MINIO=1. Progress goes to standard error.
 #   scripts/services.sh --cached   prints what is there and fetches nothing
 # Exit code 1 when something could not be had; the rest is printed all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 s3s_version=0.14.1
+# Marks that scripts/s3s-fs.sed leaves; the checksum of that file names the place of what was built with it.
+s3s_changes=5
 mlflow_version=3.17.2
 # The community edition is published as source; this is its last state, October 2025 release included.
 minio_version=v0.0.0-20260212201848-7aac2a2c5b7c
@@ -28,7 +30,8 @@ case "${1:-}" in
 esac
 
 cache="${BOXWRIGHT_SERVICES:-$HOME/.cache/boxwright-services}"
-s3s="$cache/s3s-fs-$s3s_version/bin/s3s-fs"
+s3s_place="$cache/s3s-fs-$s3s_version-$(cksum <scripts/s3s-fs.sed | cut -d ' ' -f 1)"
+s3s="$s3s_place/bin/s3s-fs"
 mlflow="$cache/mlflow-$mlflow_version/bin/mlflow"
 minio="$cache/minio-$minio_version/minio"
 missing=()
@@ -76,6 +79,7 @@ apt_install() {
 
 # A folder beside the place of what is fetched, moved there when it is complete.
 begin() {
+    [ -z "$part" ] || rm -rf "$part"
     part=$(mktemp -d "$cache/part.XXXXXX")
 }
 commit() {
@@ -94,11 +98,30 @@ get_s3s() {
         return 1
     fi
     begin
-    # Its own build folder: the program's would be locked meanwhile, and keep what is not its own.
-    CARGO_TARGET_DIR="$part/build" CARGO_NET_RETRY=5 try 1200 cargo install s3s-fs --version "$s3s_version" --locked \
+    # A project that needs it brings its source into cargo's registry.
+    local probe="$part/probe" source='' folder
+    mkdir -p "$probe/src" && touch "$probe/src/lib.rs"
+    printf '[package]\nname = "probe"\nversion = "0.0.0"\nedition = "2021"\n[dependencies]\ns3s-fs = "=%s"\n[workspace]\n' \
+        "$s3s_version" >"$probe/Cargo.toml"
+    CARGO_NET_RETRY=5 try 300 cargo fetch --quiet --manifest-path "$probe/Cargo.toml" || return 1
+    for folder in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"s3s-fs-$s3s_version"; do
+        if [ -d "$folder" ]; then source="$folder"; fi
+    done
+    if [ -z "$source" ]; then
+        say "cargo fetched s3s-fs and it is not in its registry"
+        return 1
+    fi
+    cp -r "$source" "$part/source"
+    sed -i -f scripts/s3s-fs.sed "$part/source/src/s3.rs"
+    if [ "$(grep -c '// changed' "$part/source/src/s3.rs")" -ne "$s3s_changes" ]; then
+        say "scripts/s3s-fs.sed does not fit s3s-fs $s3s_version"
+        return 1
+    fi
+    # A build folder of its own: the program's would be locked meanwhile, and keep what is not its own.
+    CARGO_TARGET_DIR="$part/build" CARGO_NET_RETRY=5 try 1800 cargo install --path "$part/source" --locked \
         --features binary --root "$part" --quiet || return 1
-    rm -rf "$part/build"
-    "$part/bin/s3s-fs" --version >&2 && commit "$cache/s3s-fs-$s3s_version"
+    rm -rf "$part/build" "$part/source" "$part/probe"
+    "$part/bin/s3s-fs" --version >&2 && commit "$s3s_place"
 }
 
 get_mlflow() {
