@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// Time to start. The machine may be busy with other tests.
 const START_LIMIT: Duration = Duration::from_secs(180);
+/// Folders of shared servers are called so, with the number of the test program behind it.
+const FOLDER_PREFIX: &str = "mlflow-";
 /// Names the program.
 const VARIABLE: &str = "BOXWRIGHT_MLFLOW";
 
@@ -63,11 +65,11 @@ pub fn shared() -> Option<&'static MlflowServer> {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let shared = SHARED.get_or_init(|| {
         let program = program()?;
-        // A static is never dropped; the folder lies among the build's own and is cleared by the next run.
+        // A static is never dropped, so each program clears up after those before it.
         let folder = FOLDER.get_or_init(|| {
-            let folder =
-                Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mlflow-{}", std::process::id()));
-            let _ = std::fs::remove_dir_all(&folder);
+            let folders = Path::new(env!("CARGO_TARGET_TMPDIR"));
+            clear(folders);
+            let folder = folders.join(format!("{FOLDER_PREFIX}{}", std::process::id()));
             std::fs::create_dir_all(&folder).expect("the folder for temporary files is writable");
             folder
         });
@@ -78,6 +80,17 @@ pub fn shared() -> Option<&'static MlflowServer> {
         program();
     }
     shared.as_ref()
+}
+
+/// Removes the folders of test programs that have ended.
+fn clear(folders: &Path) {
+    for entry in std::fs::read_dir(folders).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name.strip_prefix(FOLDER_PREFIX) else { continue };
+        if !Path::new("/proc").join(pid).exists() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 impl MlflowServer {
