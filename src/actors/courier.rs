@@ -66,6 +66,7 @@ impl Courier {
             down_since: None,
             complained: None,
             noted_well_unix_ms: 0,
+            has_begun: false,
         };
         let name = format!("courier-{}", round.sink.name().as_str());
         let thread = std::thread::Builder::new().name(name).spawn(move || runtime.block_on(round.run()))?;
@@ -98,6 +99,8 @@ struct Round {
     down_since: Option<Instant>,
     complained: Option<Instant>,
     noted_well_unix_ms: i64,
+    /// The service was put in order since this courier started.
+    has_begun: bool,
 }
 
 /// What a look at the outbox came to.
@@ -159,7 +162,34 @@ impl Round {
         doubled + spread
     }
 
+    /// Lets the sink put the service in order, once.
+    async fn begin(&mut self) -> Result<(), Look> {
+        if self.has_begun {
+            return Ok(());
+        }
+        let live = match self.keeper.with(|journal| journal.live_instances()).await {
+            Ok(live) => live,
+            Err(QueueError::NoAnswer) => return Err(Look::NoJournal),
+            Err(_) => return Err(Look::Nothing(Some(now_unix_ms() + 1000))),
+        };
+        match self.sink.begin(&live).await {
+            Ok(()) => self.has_begun = true,
+            Err(error) if error.verdict() == AfterFailure::AllWait => {
+                self.down(&error.chain()).await;
+                return Err(Look::Down);
+            }
+            Err(error) => {
+                tracing::warn!("{} was not put in order: {}", self.sink.name().as_str(), error.chain());
+                self.has_begun = true;
+            }
+        }
+        Ok(())
+    }
+
     async fn look(&mut self, is_finishing: bool) -> Look {
+        if let Err(look) = self.begin().await {
+            return look;
+        }
         let sink = self.sink.name();
         let now = if is_finishing { i64::MAX } else { now_unix_ms() };
         let due = match self.keeper.with(move |journal| journal.due(sink, now, BATCH_MAX)).await {

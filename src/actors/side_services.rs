@@ -78,8 +78,9 @@ impl Handles {
         let tracking = match &config.mlflow.tracking_uri {
             Some(_) => {
                 let mut sink = MlflowSink::new(&config.mlflow).map_err(SideServiceError::Tracking)?;
-                if config.store.endpoint.is_some() {
-                    sink = sink.with_store_url(format!("s3://{}", config.store.bucket));
+                sink = sink.with_machine(&config.machine_id);
+                if let Some(endpoint) = &config.store.endpoint {
+                    sink = sink.with_store_url(format!("{endpoint}/{}", config.store.bucket));
                 }
                 Some(Arc::new(sink))
             }

@@ -92,6 +92,16 @@ pub trait Sink: Send + Sync {
     /// Which one it is.
     fn name(&self) -> SinkName;
 
+    /// Puts the service in order before the first delivery: what an earlier start left open and nobody goes on with.
+    /// `live` are the instances of the jobs that have not ended, or whose end is still to be told.
+    ///
+    /// # Errors
+    /// As [`Sink::deliver`]; it is asked again.
+    async fn begin(&self, live: &[String]) -> Result<(), DeliveryError> {
+        let _ = live;
+        Ok(())
+    }
+
     /// Makes the delivery. Making it twice has the effect of once.
     ///
     /// # Errors

@@ -97,6 +97,9 @@ impl World {
             "LOG_DIR",
             "MACHINE_ID",
             "MAX_GPU",
+            "REDIS_URL",
+            "MINIO_ENDPOINT",
+            "MLFLOW_TRACKING_URI",
             "RUST_LOG",
         ] {
             command.env_remove(name);

@@ -8,6 +8,7 @@
 #   signal=S@N   die of signal S after step N, first attempt      hang=N       say nothing more after step N, first attempt
 #   deaf=1       ignore `stop`, `checkpoint`, end of input and SIGTERM
 #   gpu_fail=N   on GPU N: exit with code 14 after the first step, in every attempt
+#   files=1      also leave checkpoints, weights and a table, as a real run does, and go on from the newest checkpoint
 #   junk=1       print lines that are no events                   quiet=1      leave no result file
 #
 # Asked for GPUs (`probe`), it shows what the file gpus.json of the working folder holds; without that file it has no
@@ -34,21 +35,47 @@ option() {
 }
 steps=$(option steps 20) pause=$(option pause 0.02) fail=$(option fail '') always=$(option always '')
 gpu_fail=$(option gpu_fail '') device=$(text device)
-signal=$(option signal '') hang=$(option hang '') deaf=$(option deaf '') junk=$(option junk '') quiet=$(option quiet '')
+files=$(option files '') signal=$(option signal '') hang=$(option hang '') deaf=$(option deaf '') junk=$(option junk '') quiet=$(option quiet '')
 
 say() { printf '%s\n' "$1"; }
 result() { # status fitness
     [[ -n $quiet ]] && return
-    printf '{"task_id":"%s","attempt":%s,"status":"%s","fitness":%s,"metrics":{"metrics/mAP50(B)":0.91},"epochs":%s,"best":"%s/weights/best"}' \
-        "$task_id" "$attempt" "$1" "$2" "$step" "$run_dir" >"$result_path.tmp" || exit 15
+    printf '{"task_id":"%s","attempt":%s,"status":"%s","fitness":%s,"metrics":{"metrics/mAP50(B)":0.91},"epochs":%s,"best":"%s/weights/best.safetensors","last":"%s/weights/last.safetensors"}' \
+        "$task_id" "$attempt" "$1" "$2" "$step" "$run_dir" "$run_dir" >"$result_path.tmp" || exit 15
     mv "$result_path.tmp" "$result_path" || exit 15
 }
-save() { printf '%s' "$step" >"$run_dir/stub_step.tmp" && mv "$run_dir/stub_step.tmp" "$run_dir/stub_step" || exit 15; }
+save() {
+    printf '%s' "$step" >"$run_dir/stub_step.tmp" && mv "$run_dir/stub_step.tmp" "$run_dir/stub_step" || exit 15
+    [[ -z $files ]] || keep || exit 15
+}
+# A checkpoint with the trailer of a real one (magic, SHA-256 of what is before), weights, a table.
+keep() {
+    local part="$run_dir/state/part.tmp" name old
+    mkdir -p "$run_dir/state" "$run_dir/weights" || return 1
+    printf 'step %s of the stub\n' "$step" >"$part" || return 1
+    local sum
+    sum=$(sha256sum <"$part") && sum=${sum%% *}
+    printf 'BXWRCK01' >>"$part" && printf '%b' "$(sed 's/../\\x&/g' <<<"$sum")" >>"$part" || return 1
+    name=$(printf 'step-%09d.ckpt' "$step")
+    mv "$part" "$run_dir/state/$name" || return 1
+    for old in $(ls -r "$run_dir/state" | grep ckpt | tail -n +3); do rm -f "$run_dir/state/$old"; done
+    for name in best last; do
+        printf 'weights of step %s' "$step" >"$run_dir/weights/part.tmp" &&
+            mv "$run_dir/weights/part.tmp" "$run_dir/weights/$name.safetensors" || return 1
+    done
+    echo "$step" >>"$run_dir/results.csv"
+}
 [[ -n $deaf ]] && trap '' TERM INT
 [[ -z $deaf ]] && trap 'save; exit 131' TERM
 
 step=0
 [[ -s $run_dir/stub_step ]] && step=$(<"$run_dir/stub_step")
+if [[ -n $files && -d $run_dir/state ]]; then
+    newest=$(ls -r "$run_dir/state" | grep -m 1 ckpt)
+    # What another machine did counts when it came further.
+    kept=$((10#$(sed 's/[^0-9]//g' <<<"${newest:-0}")))
+    ((kept > step)) && step=$kept
+fi
 # Proofs of what must never happen: training after completion, and two trainers at once.
 [[ -e $run_dir/complete ]] && echo "attempt $attempt after completion" >>"$run_dir/violations"
 alive() { # neither gone, nor dead and not yet waited for, nor another process of that number
@@ -83,7 +110,8 @@ while ((step < steps)); do
     step=$((step + 1))
     echo "$step" >>"$run_dir/steps" # before the checkpoint: a kill between the two repeats a step, and loses none
     save
-    say '{"event":"step","epoch":'"$step"',"batch":1,"batches":1,"box_loss":1.5,"images_per_second":50.0}'
+    [[ -z $files ]] || say '{"event":"checkpoint","path":"'"$run_dir"'/state","epoch":'"$step"',"step":'"$step"'}'
+    say '{"event":"step","epoch":'"$step"',"step":'"$step"',"epochs":'"$steps"',"batch":1,"batches":1,"box_loss":1.5,"images_per_second":50.0}'
     say '{"event":"epoch","epoch":'"$step"',"epochs":'"$steps"',"columns":{"train/box_loss":1.5},"fitness":0.5,"is_best":true}'
     if [[ $hang == "$step" && $attempt == 1 ]]; then sleep 1000; fi
     if [[ -n $signal && $attempt == 1 && ${signal#*@} == "$step" ]]; then kill "-${signal%@*}" $$; sleep 5; fi

@@ -95,7 +95,7 @@ pub fn init(options: LogOptions) -> Result<LogGuard, LogError> {
         guard._jobs = Some(jobs);
     }
     let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter_word(&options.level)));
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter_of(&options.level)));
     let subscriber = tracing_subscriber::registry().with(filter).with(LogLayer::new(sinks, offset));
     tracing::subscriber::set_global_default(subscriber).map_err(|_| LogError::Twice)?;
     Ok(guard)
@@ -119,13 +119,13 @@ fn service_file(
     Ok(tracing_appender::non_blocking(appender))
 }
 
-/// The filter's word for a level.
-fn filter_word(level: &str) -> &'static str {
+/// The filter of a level. Libraries speak from warnings on: what they say of every connection is for RUST_LOG.
+fn filter_of(level: &str) -> &'static str {
     match level.to_ascii_uppercase().as_str() {
-        "TRACE" => "trace",
-        "DEBUG" => "debug",
+        "TRACE" => "warn,boxwright=trace",
+        "DEBUG" => "warn,boxwright=debug",
         "WARNING" | "WARN" => "warn",
         "ERROR" => "error",
-        _ => "info",
+        _ => "warn,boxwright=info",
     }
 }

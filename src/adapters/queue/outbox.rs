@@ -393,4 +393,17 @@ impl Journal {
             .map_err(&failed)?;
         rows.map(|row| row.map_err(&failed)).collect()
     }
+
+    /// Instances of the records that are not terminal, and of those that a delivery still waits about.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn live_instances(&self) -> Result<Vec<String>, QueueError> {
+        let failed = sql("read the live instances");
+        let text = "SELECT instance FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
+             UNION SELECT instance FROM outbox";
+        let mut statement = self.connection.prepare(text).map_err(&failed)?;
+        let rows = statement.query_map([], |row| row.get(0)).map_err(&failed)?;
+        rows.map(|row| row.map_err(&failed)).collect()
+    }
 }

@@ -45,6 +45,8 @@ pub struct MlflowSink {
     is_sending_artifacts: bool,
     is_registering: bool,
     store_url: Option<String>,
+    /// Whose open runs are closed at the start.
+    machine_id: Option<String>,
     /// Run of an instance.
     runs: Mutex<HashMap<String, String>>,
 }
@@ -60,6 +62,7 @@ impl MlflowSink {
             is_sending_artifacts: config.is_sending_artifacts,
             is_registering: config.is_registering,
             store_url: None,
+            machine_id: None,
             runs: Mutex::new(HashMap::new()),
         })
     }
@@ -73,6 +76,12 @@ impl MlflowSink {
     /// With the address of the bucket of runs (`http://HOST:9000/models`), for the runs whose files the server does not take.
     pub fn with_store_url(mut self, url: impl Into<String>) -> Self {
         self.store_url = Some(url.into());
+        self
+    }
+
+    /// With the machine whose open runs are closed at the start, unless their jobs go on.
+    pub fn with_machine(mut self, machine_id: impl Into<String>) -> Self {
+        self.machine_id = Some(machine_id.into());
         self
     }
 
@@ -216,6 +225,15 @@ fn new_params(view: &RunView, params: &[(String, String)], notes: &mut Notes) ->
 impl Sink for MlflowSink {
     fn name(&self) -> SinkName {
         SinkName::Mlflow
+    }
+
+    async fn begin(&self, live: &[String]) -> Result<(), DeliveryError> {
+        let Some(machine_id) = &self.machine_id else { return Ok(()) };
+        let closed = self.reconcile(machine_id, live).await.map_err(DeliveryError::from)?;
+        if !closed.is_empty() {
+            tracing::warn!("mlflow: {} runs that nobody goes on with are closed as KILLED", closed.len());
+        }
+        Ok(())
     }
 
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {

@@ -9,6 +9,7 @@
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod s3;
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
