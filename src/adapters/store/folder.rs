@@ -386,9 +386,9 @@ impl ObjectStore for FolderStore {
                 Err(error) => return Err(fault("remove", &path)(error)),
             }
             let _ = fs::remove_file(&sum);
-            // Keys have no folders: what is empty goes, up to the bucket.
-            let folders = path.ancestors().skip(1).take_while(|folder| *folder != top);
-            for folder in folders {
+            // Keys have no folders: what is empty goes, but not the upper two, where another machine may just begin.
+            let is_deep = |folder: &&Path| folder.strip_prefix(&top).is_ok_and(|p| p.iter().count() > 2);
+            for folder in path.ancestors().skip(1).take_while(is_deep) {
                 if fs::remove_dir(folder).is_err() {
                     break;
                 }

@@ -296,7 +296,7 @@ async fn kept(folder: PathBuf, dataset: &DatasetRef) -> Option<Staged> {
             fs::symlink_metadata(folder.join(&line.path)).is_ok_and(|metadata| metadata.len() == line.bytes)
         });
         let is_usable = !fingerprint.is_empty() && !there.is_empty() && is_whole && path.exists();
-        Ok(is_usable.then(|| Staged {
+        Ok(is_usable.then_some(Staged {
             path,
             folder,
             fingerprint,

@@ -68,6 +68,10 @@ fn base_url(config: &StoreConfig) -> Result<BaseUrl, StoreError> {
     if endpoint.contains('@') {
         return Err(fault("its address holds a user; keys belong in the environment or in files", None));
     }
+    let rest = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
+    if rest.is_none_or(|host| host.trim_end_matches('/').is_empty()) {
+        return Err(fault(&format!("address {endpoint:?}; allowed: http://HOST:PORT or https://"), None));
+    }
     let mut base: BaseUrl = endpoint
         .trim_end_matches('/')
         .parse()
