@@ -222,12 +222,18 @@ impl Round {
                 break;
             }
         }
+        let was_in_vain = done.is_empty();
         if !done.is_empty()
             && let Err(error) = self.keeper.with(move |journal| journal.delivered(&done)).await
         {
             tracing::warn!("deliveries that were made cannot be removed and are made again: {error}");
         }
-        if is_down { Look::Down } else { Look::Went }
+        match () {
+            () if is_down => Look::Down,
+            // At the end nothing is waited for.
+            () if was_in_vain && is_finishing => Look::Nothing(None),
+            () => Look::Went,
+        }
     }
 
     /// Makes one delivery and notes what came of it; `None` when it was made.

@@ -37,7 +37,8 @@ pub fn run_ref(config: &ServiceConfig, record: &JobRecord) -> RunRef {
         trial_number: record.spec.trial_number,
         kind: record.spec.kind.clone(),
         run_dir: record.run_dir.clone(),
-        fence: record.fence,
+        // A job of one machine has no lease. Its time of acceptance tells a later run of the task from an earlier one.
+        fence: if record.fence == 0 { record.accepted_unix_ms.max(0) as u64 } else { record.fence },
         machine_id: config.machine_id.clone(),
     }
 }
@@ -273,7 +274,10 @@ pub fn result_message(config: &ServiceConfig, record: &JobRecord) -> Json {
             "local": local,
             "s3": config.store.endpoint.as_ref().map(|_| store_url(config, record, &file)),
             "sha256": result_text(record, &format!("{name}_sha256")),
-            "epoch": result.and_then(|result| result[format!("{name}_epoch")].as_u64()),
+            "epoch": match name {
+                "best" => record.progress.as_ref().and_then(|progress| progress["best_epoch"].as_u64()),
+                _ => result.and_then(|result| result["epochs"].as_u64()),
+            },
         })
     };
     let error = (record.state == JobState::Failed)

@@ -258,6 +258,7 @@ impl Service {
     /// Puts the journal in order and starts the actors over it.
     fn build(&self) -> Result<(Actors, Keeper), ServiceError> {
         let mut journal = Journal::open(&self.state_dir)?;
+        journal.limit_outbox(self.config.outbox.items_max);
         journal.set_dispatcher(self.handles.dispatcher(self.config.clone()));
         recovery::recover(&mut journal, &self.config, &self.state_dir)?;
         let keeper = Keeper::start(journal)

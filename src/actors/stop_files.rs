@@ -1,5 +1,6 @@
 //! What a stop file means for its job: a plain function of the file and the journal.
 
+use crate::job::clock::now_unix_ms;
 use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::state::JobState;
@@ -13,7 +14,12 @@ pub(super) enum StopVerdict {
     PutAside(Option<String>),
     /// Leave it and say this once.
     Leave(String),
+    /// Leave it for now: the machine that has the job by now may read the same folder.
+    Wait,
 }
+
+/// Time for another machine to find a stop file in a folder that several read, milliseconds.
+const OTHERS_MS: i64 = 30_000;
 
 /// The task id in the name of a stop file; `None` when the name is none, an error text when the id is none.
 pub(super) fn task_id_of(name: &str) -> Option<Result<TaskId, String>> {
@@ -29,6 +35,10 @@ pub(super) fn judge(record: Option<&JobRecord>, modified_unix_ms: i64, honour_st
         );
     };
     let state = record.state;
+    let age_ms = now_unix_ms() - modified_unix_ms;
+    if state.is_terminal() && record.entry.is_some() && age_ms < OTHERS_MS {
+        return StopVerdict::Wait;
+    }
     if state.is_terminal() {
         let warning =
             (state != JobState::Cancelled).then(|| format!("the job is already {state}; nothing to stop"));

@@ -172,6 +172,10 @@ fn detail(journal: &Journal, record: &JobRecord) -> Result<Json, CliError> {
         .events(record.seq, 0, EVENTS_MAX)
         .map_err(|error| CliError::failed_from("the journal cannot be read", error))?;
     let mut json = brief(record);
+    json["instance"] = json!(record.instance);
+    json["fence"] = json!(record.fence);
+    json["attempts_before"] = json!(record.attempts_before);
+    json["notes"] = json!(record.notes);
     json["understood"] = json!(record.spec.understood);
     json["ignored"] = json!(record.spec.ignored);
     json["overridden"] = json!(record.spec.overridden);

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::CliError;
 use super::common::{ServiceArgs, find, open_journal, wake_service};
+use crate::actors::outgoing;
 use crate::actors::supervisor::request_stop;
 use crate::adapters::queue::lock::{LockError, ProcessLock};
 use crate::adapters::queue::{JobStore, QueueError};
@@ -27,6 +28,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode, CliError> {
     let config = args.service.load()?;
     let mut journal = open_journal(&config)?;
+    // A job that is cancelled here is told of when a service starts.
+    journal.set_dispatcher(outgoing::dispatcher(std::sync::Arc::new(config.clone())));
     let failed = |error: QueueError| CliError::failed_from("the journal cannot be written", error);
     // With the lock in hand there is no service, so a waiting job can be cancelled here and now.
     let lock = match ProcessLock::acquire(&config.state_dir) {

@@ -272,6 +272,7 @@ impl FolderWatcher {
                 }
                 self.warned.insert(path, seen.modified_unix_ms);
             }
+            (StopVerdict::Wait, _) => {}
             (StopVerdict::Stop, None) => unreachable!("only a known job is stopped"),
         }
     }

@@ -14,17 +14,24 @@ use crate::job::slot::SlotRecord;
 use crate::job::state::JobState;
 
 /// Leases after which another service that uses this machine's name is taken for good.
-const INTRUSION_LEASES: u32 = 3;
+const INTRUSION_LEASES: u32 = 2;
 
 impl Consumer {
     /// The first round after a failure: groups, pending entries, remarks on the configuration.
     pub(super) async fn connect(&mut self) -> Result<(), Trouble> {
         let fleet = self.parts.fleet.clone();
         fleet.ping().await?;
-        fleet.ensure_groups().await?;
+        // A queue that cannot be used is no reason to lose the leases of what runs.
+        let groups = fleet.ensure_groups().await;
         let standing = self.standing().await?;
         self.next_beat = Instant::now() + self.beat_interval();
-        self.beat(&standing).await?;
+        let beaten = self.beat(&standing).await;
+        groups?;
+        beaten?;
+        if self.down_since.is_some() {
+            let lease = Duration::from_millis(self.parts.config.redis.lease_ms());
+            self.no_steal_until = Instant::now() + lease;
+        }
         if self.is_intruded.is_none() && !standing.is_closing {
             for entry in fleet.own_pending(PENDING_MAX).await? {
                 self.consider(entry, &standing).await?;
@@ -55,8 +62,7 @@ impl Consumer {
     /// One heartbeat.
     pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
         self.announce(standing).await?;
-        let active =
-            self.parts.keeper.with(|journal| journal.active_shared()).await.map_err(|_| Trouble::Gone)?;
+        let active = self.parts.keeper.with(|journal| journal.active_shared()).await?;
         self.renew(&active).await?;
         let gpus = self.claim_gpus(&standing.slots).await?;
         if self.is_intruded.is_none() {
@@ -76,6 +82,12 @@ impl Consumer {
                 }
             }
             Announced::TakenBy { host, since_unix_ms, .. } => {
+                if self.is_intruded.is_none() {
+                    tracing::warn!(
+                        "the machine id {} is in use by another service on the host {host}; waiting whether it goes away",
+                        self.parts.fleet.machine_id()
+                    );
+                }
                 let since = *self.is_intruded.get_or_insert_with(Instant::now);
                 self.parts.supervisor.do_send(ShutFleet(true));
                 let lease = Duration::from_millis(self.parts.config.redis.lease_ms());
@@ -107,11 +119,7 @@ impl Consumer {
                 // A later start of this very machine: the journal has the older number.
                 Renewed::Lost { owner, fence } if owner == fleet.machine_id() && fence > record.fence => {
                     let seq = record.seq;
-                    self.parts
-                        .keeper
-                        .with(move |journal| journal.set_fence(seq, fence))
-                        .await
-                        .map_err(|_| Trouble::Gone)?;
+                    self.parts.keeper.with(move |journal| journal.set_fence(seq, fence)).await?;
                 }
                 Renewed::Lost { owner, .. } => {
                     let message = Surrender { seq: record.seq, owner };
@@ -139,8 +147,7 @@ impl Consumer {
 
     /// Cancellations by key, for every job that is active here.
     async fn cancel(&mut self) -> Result<(), Trouble> {
-        let active =
-            self.parts.keeper.with(|journal| journal.active_ids()).await.map_err(|_| Trouble::Gone)?;
+        let active = self.parts.keeper.with(|journal| journal.active_ids()).await?;
         if active.is_empty() {
             return Ok(());
         }
@@ -154,7 +161,7 @@ impl Consumer {
     }
 
     async fn show_counts(&self) -> Result<(), Trouble> {
-        let counts = self.parts.keeper.with(|journal| journal.counts()).await.map_err(|_| Trouble::Gone)?;
+        let counts = self.parts.keeper.with(|journal| journal.counts()).await?;
         let of = |states: &[JobState]| -> u64 {
             states.iter().filter_map(|state| counts.get(state.as_str())).sum()
         };
@@ -168,6 +175,8 @@ impl Consumer {
             ("failed".to_owned(), of(&[JobState::Failed]).to_string()),
             ("cancelled".to_owned(), of(&[JobState::Cancelled]).to_string()),
         ]);
+        let machine = self.parts.fleet.machine_id();
+        let stats = stats.into_iter().map(|(name, count)| (format!("{machine}:{name}"), count)).collect();
         self.parts.fleet.queue_stats(&stats).await?;
         Ok(())
     }

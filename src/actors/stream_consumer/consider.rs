@@ -6,8 +6,9 @@ use super::files::Disk;
 use super::{Consumer, LATER_MAX, Trouble};
 use crate::actors::intake::{self, Submission, Verdict};
 use crate::actors::supervisor::{Notice, Standing, Wake, prepare_log};
-use crate::adapters::queue::JobStore;
+use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::redis::{Acquired, Taken};
+use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::QueueEntry;
 use crate::job::ids::TaskId;
@@ -19,7 +20,7 @@ use crate::job::state::JobState;
 /// Deliveries of an entry after which it is taken for one that brings the service down.
 const DELIVERIES_MAX: u64 = 50;
 /// Looks at a file that is not there before the entry goes to the dead.
-const UNREADABLE_MAX: u32 = 5;
+const UNREADABLE_MAX: u32 = 12;
 /// Longest list of files and entries that are remembered.
 const REMEMBERED_MAX: usize = 10_000;
 
@@ -49,7 +50,7 @@ impl Consumer {
     /// Takes over what dead machines held, as far as there is room for it.
     pub(super) async fn steal(&mut self, standing: &Standing) -> Result<(), Trouble> {
         let room = self.room(standing).await?;
-        if room == 0 {
+        if room == 0 || Instant::now() < self.no_steal_until {
             return Ok(());
         }
         let lease_ms = self.parts.config.redis.lease_ms();
@@ -88,9 +89,11 @@ impl Consumer {
         }
         if let Some(known) = &known {
             let is_same = known.instance == instance;
+            if is_same && known.state.is_terminal() && known.state != JobState::Moved {
+                return self.tell_again(known, &instance).await;
+            }
             if is_same && known.state != JobState::Moved {
-                // It is in hand, and the heartbeat keeps its lease; or it has ended, and its result, which waits in the
-                // outbox, acknowledges the entry.
+                // It is in hand, and the heartbeat keeps its lease.
                 return Ok(());
             }
             if !is_same && !known.state.is_terminal() {
@@ -99,9 +102,11 @@ impl Consumer {
             }
         }
         let lease_ms = self.parts.config.redis.lease_ms();
+        // Somebody had this very submission before, if only for a moment: there may be something of it in the store.
+        let was_had = fleet.last_instance(&task_id).await?.as_ref() == Some(&instance);
         match fleet.acquire(&task_id, &instance, lease_ms).await? {
             Acquired::Held { owner, .. } => {
-                if fleet.last_instance(&task_id).await?.as_ref() == Some(&instance) {
+                if was_had {
                     tracing::info!(task_id = %task_id, "{place} belongs to the machine {owner}, which works on it");
                     fleet.hand_over(&taken.entry, &owner).await?;
                     return Ok(());
@@ -110,10 +115,24 @@ impl Consumer {
                 self.put_off(taken).await
             }
             Acquired::Mine { fence, attempts_before } => {
+                let attempts_before = attempts_before.max(u32::from(was_had));
                 let shared = SharedJob { instance, entry: taken.entry.clone(), fence, attempts_before };
                 self.accept(taken, readable, shared).await
             }
         }
+    }
+
+    /// A job that has ended here, whose entry came back before its result was out: the result waits in the outbox, or was
+    /// given up when another machine had the job, which is gone by now.
+    async fn tell_again(&mut self, known: &JobRecord, instance: &str) -> Result<(), Trouble> {
+        let lease_ms = self.parts.config.redis.lease_ms();
+        if let Acquired::Mine { fence, .. } =
+            self.parts.fleet.acquire(&known.task_id, instance, lease_ms).await?
+        {
+            let seq = known.seq;
+            self.keep(move |journal| journal.tell_again(seq, fence)).await?;
+        }
+        Ok(())
     }
 
     /// Reads an entry off the thread: files may lie on slow shares.
@@ -242,20 +261,12 @@ impl Consumer {
         self.keep(move |journal| journal.job(&task_id)).await
     }
 
-    /// Works on the journal, as often as it takes: an entry must not be lost to a busy disk.
     async fn keep<R, F>(&self, work: F) -> Result<R, Trouble>
     where
         R: Send + 'static,
-        F: FnOnce(
-                &mut crate::adapters::queue::journal::Journal,
-            ) -> Result<R, crate::adapters::queue::QueueError>
-            + Send
-            + 'static,
+        F: FnOnce(&mut Journal) -> Result<R, QueueError> + Send + 'static,
     {
-        self.parts.keeper.with(work).await.map_err(|error| {
-            tracing::error!("the journal did not take an entry of the shared queue: {error}");
-            Trouble::Gone
-        })
+        Ok(self.parts.keeper.with(work).await?)
     }
 
     /// Makes a job of an entry.

@@ -22,8 +22,9 @@ use actix::Addr;
 use tokio::sync::Notify;
 
 use super::keeper::Keeper;
-use super::supervisor::{HowDoYouStand, Observer, ShutFleet, Standing, Supervisor};
-use crate::adapters::queue::redis::{Fleet, FleetError, Retry, Taken};
+use super::supervisor::{HowDoYouStand, Observer, Standing, Supervisor};
+use crate::adapters::queue::QueueError;
+use crate::adapters::queue::redis::{Fleet, FleetError, Taken};
 use crate::job::clock::{human_ms, now_unix_ms, rfc3339};
 use crate::job::service::ServiceConfig;
 use crate::job::spec::SpecContext;
@@ -36,8 +37,10 @@ const PENDING_MAX: usize = 1_000;
 const TAKE_MAX: usize = 64;
 /// First pause after a failed call.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Longest pause.
+/// Longest pause; also no longer than half a heartbeat, so that a machine is back before it is taken for dead.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pause after the journal refused.
+const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
 /// Between two lines in the log about the same outage.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -93,6 +96,7 @@ impl StreamConsumer {
             down_since: None,
             complained: None,
             next_beat: Instant::now(),
+            no_steal_until: Instant::now(),
             later: Vec::new(),
             unreadable: HashMap::new(),
             passed: HashMap::new(),
@@ -146,6 +150,8 @@ struct Consumer {
     down_since: Option<Instant>,
     complained: Option<Instant>,
     next_beat: Instant,
+    /// After an outage others need time to show that they live, before what they hold is taken over.
+    no_steal_until: Instant,
     /// Entries of tasks that another entry is at work on.
     later: Vec<Taken>,
     /// How often an entry could not be read, by queue and id.
@@ -158,8 +164,19 @@ struct Consumer {
 enum Trouble {
     /// Redis.
     Fleet(FleetError),
+    /// The journal did not do it: a full disk, a busy database.
+    Journal(QueueError),
     /// The journal or the supervisor is gone: the service ends or is rebuilt.
     Gone,
+}
+
+impl From<QueueError> for Trouble {
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::NoAnswer => Self::Gone,
+            error => Self::Journal(error),
+        }
+    }
 }
 
 impl From<FleetError> for Trouble {
@@ -174,6 +191,15 @@ impl Consumer {
             match self.round().await {
                 Ok(()) => self.well().await,
                 Err(Trouble::Gone) => return,
+                Err(Trouble::Journal(error)) => {
+                    // What was taken stays pending and is looked at again.
+                    self.is_connected = false;
+                    if self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL) {
+                        self.complained = Some(Instant::now());
+                        tracing::error!("the journal does not take entries of the shared queue: {error}");
+                    }
+                    let _ = tokio::time::timeout(JOURNAL_PAUSE, self.ending()).await;
+                }
                 Err(Trouble::Fleet(error)) => {
                     let pause = self.failed(&error).await;
                     self.shared.is_quiet.store(true, Ordering::SeqCst);
@@ -262,8 +288,7 @@ impl Consumer {
                 let waiting = journal.waiting()?;
                 Ok(waiting.iter().filter(|job| job.not_before_unix_ms <= now).count())
             })
-            .await
-            .map_err(|_| Trouble::Gone)?;
+            .await?;
         Ok((standing.free + self.parts.config.redis.prefetch).saturating_sub(waiting))
     }
 
@@ -298,10 +323,8 @@ impl Consumer {
             });
             self.note(state).await;
         }
-        if error.retry() == Retry::Never && is_news {
-            self.parts.supervisor.do_send(ShutFleet(false));
-        }
-        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10)).min(PAUSE_MAX);
+        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10));
+        let doubled = doubled.min(PAUSE_MAX).min(self.beat_interval() / 2);
         // Machines must not come back in step.
         doubled + doubled.mul_f64((uuid::Uuid::new_v4().as_u128() % 256) as f64 / 1024.0)
     }

@@ -39,10 +39,6 @@ impl FleetGate {
             ..Self::default()
         }
     }
-
-    fn is_closed(&self) -> bool {
-        self.until.is_some()
-    }
 }
 
 /// How does it stand?
@@ -79,7 +75,9 @@ impl Handler<HowDoYouStand> for Supervisor {
         Standing {
             free: free.count(),
             has_gpu,
-            is_closing: self.shutting_down || self.fleet.is_shut,
+            is_closing: self.shutting_down
+                || self.fleet.is_shut
+                || self.bays.iter().all(|bay| self.is_drained(&bay.slot.name())),
             slots: self.bays.iter().map(|bay| bay.slot.record(bay.job())).collect(),
         }
     }
@@ -97,10 +95,8 @@ impl Handler<FleetHeard> for Supervisor {
     type Result = ();
 
     fn handle(&mut self, heard: FleetHeard, ctx: &mut Context<Self>) {
-        let mut is_news = self.fleet.until.take().is_some();
-        if is_news {
-            self.gate.shared = None;
-        }
+        self.fleet.until = None;
+        let mut is_news = self.gate.shared.take().is_some();
         for bay in &mut self.bays {
             let Some(gpu) = bay.slot.as_gpu() else { continue };
             let Some((_, owner)) = heard.gpus.iter().find(|(uuid, _)| *uuid == gpu.uuid) else { continue };
@@ -202,13 +198,30 @@ impl Supervisor {
         }
     }
 
-    /// The claim of a GPU that just got its slot.
+    /// The claim of a GPU that just got its slot: other machines may see it too.
     pub(super) fn first_claim(&self) -> Claim {
-        if self.fleet.is_closed() { Claim::Unheard } else { Claim::Ours }
+        if self.config.redis.is_on() { Claim::Unheard } else { Claim::Ours }
+    }
+
+    /// A GPU whose owner nobody tells for long enough is this machine's.
+    fn await_claims(&mut self) {
+        let is_waiting = self.bays.iter().any(|bay| bay.slot.claim == Claim::Unheard);
+        let limit = Duration::from_millis(self.config.redis.lease_ms()) + HEAR_MARGIN;
+        match self.fleet.until {
+            None if is_waiting => self.fleet.until = Some(Instant::now() + limit),
+            // The gate of jobs has its own reason to wait.
+            Some(_) if !is_waiting && self.gate.shared.is_none() => self.fleet.until = None,
+            _ => {}
+        }
     }
 
     /// Once a second: opens the gate when nobody answered for long enough; reads which slots are drained.
     pub(super) fn tend_fleet(&mut self, ctx: &mut Context<Self>) {
+        // While another service uses this machine's name nothing here is its own.
+        if self.fleet.is_shut {
+            return;
+        }
+        self.await_claims();
         if self.fleet.until.is_some_and(|until| Instant::now() >= until) {
             tracing::warn!("Redis did not answer: the jobs and GPUs of this machine are taken as its own");
             let gpus = self.bays.iter().filter_map(|bay| Some((bay.slot.as_gpu()?.uuid.clone(), None)));

@@ -24,6 +24,9 @@ pub(super) fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event
             progress.insert(key.clone(), value.clone());
         }
     } else if matches!(kind, "epoch" | "checkpoint") {
+        if kind == "epoch" && event["is_best"] == true {
+            progress.insert("best_epoch".into(), event["epoch"].clone());
+        }
         progress.insert(format!("last_{kind}"), event.clone());
     }
 }

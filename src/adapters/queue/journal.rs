@@ -29,6 +29,8 @@ pub struct Journal {
     pub(super) soft: Option<Connection>,
     /// What side services are to be told of what happens; asked inside the transaction of the change.
     pub(super) dispatcher: Option<outbox::Dispatcher>,
+    /// Deliveries that may wait.
+    pub(super) outbox_items_max: usize,
 }
 
 impl std::fmt::Debug for Journal {
@@ -119,7 +121,7 @@ impl Journal {
         transaction.pragma_update(None, "user_version", schema::VERSION).map_err(failed)?;
         transaction.execute_batch(schema::CREATE_LATER).map_err(failed)?;
         transaction.commit().map_err(failed)?;
-        Ok(Self { connection, soft: None, dispatcher: None })
+        Ok(Self { connection, soft: None, dispatcher: None, outbox_items_max: outbox::ITEMS_MAX })
     }
 
     /// A number that changes whenever another connection wrote to the journal. Cheap: no disk is read.
@@ -153,7 +155,7 @@ impl Journal {
                 &transaction,
                 &after.instance,
                 dispatcher(&after, outbox::Occasion::State),
-                outbox::ITEMS_MAX,
+                self.outbox_items_max,
             )?;
         }
         transaction.commit().map_err(sql(what))?;
@@ -486,7 +488,7 @@ impl JobStore for Journal {
         if let Some(dispatcher) = &self.dispatcher {
             let about = record(&transaction, seq)?;
             let told = dispatcher(&about, outbox::Occasion::Event { kind, detail });
-            outbox::put(&transaction, &about.instance, told, outbox::ITEMS_MAX)?;
+            outbox::put(&transaction, &about.instance, told, self.outbox_items_max)?;
         }
         transaction.commit().map_err(sql("store an event"))
     }

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::Value as Json;
 
-use super::QueueError;
 use super::journal::{Journal, sql};
+use super::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::{Delivery, DeliveryBody, NewDelivery, SinkName};
 use crate::job::ids::TaskId;
@@ -141,6 +141,11 @@ impl Journal {
         self.dispatcher = Some(dispatcher);
     }
 
+    /// Limits the outbox to so many deliveries.
+    pub fn limit_outbox(&mut self, items_max: usize) {
+        self.outbox_items_max = items_max;
+    }
+
     fn quick(&self) -> &Connection {
         self.soft.as_ref().unwrap_or(&self.connection)
     }
@@ -150,7 +155,7 @@ impl Journal {
     /// # Errors
     /// When they cannot be stored.
     pub fn put_samples(&self, instance: &str, deliveries: Vec<NewDelivery>) -> Result<(), QueueError> {
-        put(self.quick(), instance, deliveries, ITEMS_MAX)
+        put(self.quick(), instance, deliveries, self.outbox_items_max)
     }
 
     /// The first deliveries of lanes that are due now, oldest first. One that cannot be read is removed and named in the
@@ -272,6 +277,17 @@ impl Journal {
                 .map_err(sql("keep a note"))?;
         }
         Ok(())
+    }
+
+    /// Puts into the outbox once more what is to be told of a record as it stands, under another fencing number.
+    ///
+    /// # Errors
+    /// When it cannot be stored.
+    pub fn tell_again(&mut self, seq: i64, fence: u64) -> Result<(), QueueError> {
+        self.set_fence(seq, fence)?;
+        let record = JobStore::record(self, seq)?;
+        let told = self.dispatcher.as_ref().map(|dispatcher| dispatcher(&record, Occasion::State));
+        put(&self.connection, &record.instance, told.unwrap_or_default(), self.outbox_items_max)
     }
 
     /// Notes the fencing number under which this machine owns a record, and the attempts that others made.

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use super::{Fleet, FleetError, Published};
 use crate::adapters::sink::{DeliveryError, Receipt, Sink};
-use crate::job::delivery::{Delivery, DeliveryBody, SinkName};
+use crate::job::delivery::{Delivery, DeliveryBody, ResultBody, SinkName};
 
 /// Makes the deliveries of results and of metrics.
 #[derive(Debug, Clone)]
@@ -19,6 +19,25 @@ impl RedisSink {
     }
 }
 
+impl RedisSink {
+    /// Publishes a result; afterwards what is shown of the job says so too, also when the service that showed it is gone.
+    async fn result(&self, body: &ResultBody) -> Result<Published, FleetError> {
+        let published = self.fleet.publish_result(body, body.run.fence).await?;
+        if !matches!(published, Published::Fenced { .. }) {
+            let status = body.message["status"].as_str().unwrap_or_default().to_owned();
+            let reason = body.message["reason"].as_str().unwrap_or_default().to_owned();
+            let fields = [
+                ("task_id".to_owned(), body.run.task_id.to_string()),
+                ("status".to_owned(), status),
+                ("reason".to_owned(), reason),
+            ];
+            self.fleet.progress(&body.run.task_id, &fields, true).await?;
+            self.fleet.log_end(&body.run.task_id).await?;
+        }
+        Ok(published)
+    }
+}
+
 #[async_trait]
 impl Sink for RedisSink {
     fn name(&self) -> SinkName {
@@ -27,7 +46,7 @@ impl Sink for RedisSink {
 
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
         let published = match &delivery.body {
-            DeliveryBody::Result(body) => self.fleet.publish_result(body, body.run.fence).await,
+            DeliveryBody::Result(body) => self.result(body).await,
             DeliveryBody::EpochMetrics(body) => self.fleet.publish_metrics(body).await,
             DeliveryBody::Files(_)
             | DeliveryBody::RunStart(_)

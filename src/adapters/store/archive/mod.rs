@@ -204,7 +204,7 @@ impl StoreSink {
 
 /// A manifest of the same run by a later owner ends this one's deliveries.
 fn fence(body: &FilesBody, there: Option<&Manifest>) -> Result<(), DeliveryError> {
-    match there.filter(|there| there.instance == body.run.instance && there.fence > body.run.fence) {
+    match there.filter(|there| there.fence > body.run.fence) {
         Some(there) => Err(DeliveryError::Fenced { owner: there.machine_id.clone(), fence: there.fence }),
         None => Ok(()),
     }

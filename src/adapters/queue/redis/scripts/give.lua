@@ -5,4 +5,5 @@
 if holder_of(KEYS[1], ARGV[1], ARGV[4]) ~= ARGV[2] then
   return 0
 end
-return #redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, ARGV[4], 'IDLE', ARGV[5], 'JUSTID')
+-- Whoever takes it next has not failed at it yet.
+return #redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, ARGV[4], 'IDLE', ARGV[5], 'RETRYCOUNT', 0, 'JUSTID')
