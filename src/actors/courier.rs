@@ -18,10 +18,10 @@ use serde_json::json;
 use tokio::sync::Notify;
 
 use super::keeper::Keeper;
-use crate::adapters::queue::{JobStore, QueueError};
+use crate::adapters::queue::QueueError;
 use crate::adapters::sink::{AfterFailure, DeliveryError, Receipt, Sink};
 use crate::job::clock::{human_ms, now_unix_ms, rfc3339};
-use crate::job::delivery::{Delivery, DeliveryBody};
+use crate::job::delivery::Delivery;
 use crate::job::service::OutboxConfig;
 
 /// Deliveries taken at once.
@@ -237,8 +237,7 @@ impl Round {
     }
 
     /// Makes one delivery and notes what came of it; `None` when it was made.
-    async fn deliver(&mut self, mut delivery: Delivery) -> Option<AfterFailure> {
-        self.complete(&mut delivery).await;
+    async fn deliver(&mut self, delivery: Delivery) -> Option<AfterFailure> {
         let attempt = AssertUnwindSafe(self.sink.deliver(&delivery)).catch_unwind().await;
         let outcome = attempt.unwrap_or_else(|_| {
             Err(DeliveryError::Later { what: "the courier failed at it (a panic)".to_owned(), source: None })
@@ -249,20 +248,6 @@ impl Round {
                 None
             }
             Err(error) => Some(self.failed(&delivery, error).await),
-        }
-    }
-
-    /// Adds to a result what other services gave back by now.
-    async fn complete(&self, delivery: &mut Delivery) {
-        let DeliveryBody::Result(body) = &mut delivery.body else { return };
-        if !body.message["mlflow_run_id"].is_null() {
-            return;
-        }
-        let task_id = body.run.task_id.clone();
-        let found = self.keeper.with(move |journal| journal.job(&task_id)).await.ok().flatten();
-        let record = found.filter(|record| record.instance == body.run.instance);
-        if let Some(id) = record.and_then(|record| record.notes.get("mlflow_run_id").cloned()) {
-            body.message["mlflow_run_id"] = id.into();
         }
     }
 

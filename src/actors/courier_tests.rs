@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use super::*;
 use crate::adapters::queue::journal::Journal;
-use crate::job::delivery::{MetricPoint, NewDelivery, RunMetricsBody, RunRef, SinkName};
+use crate::job::delivery::{DeliveryBody, MetricPoint, NewDelivery, RunMetricsBody, RunRef, SinkName};
 
 /// What the sink does with the next tries of a key; without an order it accepts.
 #[derive(Clone, Copy, PartialEq)]

@@ -128,6 +128,20 @@ impl DeliveryBody {
     }
 }
 
+impl DeliveryBody {
+    /// The same, to be brought up to date.
+    pub fn run_mut(&mut self) -> &mut RunRef {
+        match self {
+            Self::Result(body) => &mut body.run,
+            Self::EpochMetrics(body) => &mut body.run,
+            Self::Files(body) => &mut body.run,
+            Self::RunStart(body) => &mut body.run,
+            Self::RunMetrics(body) => &mut body.run,
+            Self::RunEnd(body) => &mut body.run,
+        }
+    }
+}
+
 /// The end of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ResultBody {

@@ -47,7 +47,7 @@ fn redis_killed_twenty_times_in_a_run_loses_nothing_and_heats_nothing() {
     assert!(complaints(&world) <= 60 + seconds, "{} complaints in {seconds} s", complaints(&world));
     for number in 0..6 {
         let epochs: i64 = park.client().zcard(format!("metrics:job-{number}")).expect("reads");
-        assert_eq!(epochs, 30, "the history is complete");
+        assert_eq!(epochs, 30, "the history of job-{number} is complete\n{}", world.logs());
     }
     world.end_service(libc::SIGTERM);
 }

@@ -49,8 +49,10 @@ fn every_job_completes_exactly_once_whatever_is_killed() {
         world.write("service.yaml", text);
         world.start();
     }
+    // The queue has to last as long as the killing.
+    let stub = format!("steps={},pause=0.02", 25.max(kills * 5 / 8));
     for number in 0..JOBS {
-        park.push(&[("config", &stub_job(&format!("job-{number}"), "steps=25,pause=0.02"))]);
+        park.push(&[("config", &stub_job(&format!("job-{number}"), &stub))]);
     }
     let seed = std::env::var("BOXWRIGHT_SOAK_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(7);
     let mut dice = Dice(seed);

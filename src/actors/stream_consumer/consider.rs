@@ -126,6 +126,10 @@ impl Consumer {
     /// given up when another machine had the job, which is gone by now.
     async fn tell_again(&mut self, known: &JobRecord, instance: &str) -> Result<(), Trouble> {
         let lease_ms = self.parts.config.redis.lease_ms();
+        let own = instance.to_owned();
+        if self.keep(move |journal| journal.is_result_waiting(&own)).await? {
+            return Ok(());
+        }
         if let Acquired::Mine { fence, .. } =
             self.parts.fleet.acquire(&known.task_id, instance, lease_ms).await?
         {

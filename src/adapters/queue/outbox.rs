@@ -133,6 +133,26 @@ struct Row {
     body: String,
     attempts: u32,
     at_unix_ms: i64,
+    /// Fencing number of the job by now.
+    fence: Option<i64>,
+    /// The run on the tracking server, when it is known by now.
+    mlflow_run_id: Option<String>,
+}
+
+impl Row {
+    fn body(&self) -> Result<DeliveryBody, serde_json::Error> {
+        let mut body: DeliveryBody = serde_json::from_str(&self.body)?;
+        // The machine may have got a later number for the same job since; it still speaks for it.
+        if let Some(fence) = self.fence.filter(|&fence| fence > 0) {
+            body.run_mut().fence = fence as u64;
+        }
+        if let DeliveryBody::Result(result) = &mut body
+            && let Some(id) = &self.mlflow_run_id
+        {
+            result.message["mlflow_run_id"] = id.as_str().into();
+        }
+        Ok(body)
+    }
 }
 
 impl Journal {
@@ -165,8 +185,11 @@ impl Journal {
     /// When the outbox cannot be read.
     pub fn due(&self, sink: SinkName, now_unix_ms: i64, limit: u32) -> Result<Vec<Delivery>, QueueError> {
         let failed = sql("read the outbox");
-        let text = "SELECT id, lane, key, body, attempts, at FROM outbox AS o WHERE sink = ?1 AND not_before <= ?2 \
-             AND id = (SELECT min(id) FROM outbox WHERE sink = ?1 AND lane = o.lane) ORDER BY id LIMIT ?3";
+        let text = "SELECT id, lane, key, body, attempts, at, \
+             (SELECT fence FROM jobs WHERE jobs.instance = o.instance ORDER BY seq DESC LIMIT 1), \
+             (SELECT json_extract(notes, '$.mlflow_run_id') FROM jobs WHERE jobs.instance = o.instance \
+              ORDER BY seq DESC LIMIT 1) \
+             FROM outbox AS o WHERE sink = ?1 AND not_before <= ?2 AND id = (SELECT min(id) FROM outbox WHERE sink = ?1 AND lane = o.lane) ORDER BY id LIMIT ?3";
         let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
         let read = |row: &rusqlite::Row<'_>| {
             Ok(Row {
@@ -176,13 +199,17 @@ impl Journal {
                 body: row.get(3)?,
                 attempts: row.get(4)?,
                 at_unix_ms: row.get(5)?,
+                fence: row.get(6)?,
+                mlflow_run_id: row.get(7)?,
             })
         };
         let rows = statement.query_map(params![sink.as_str(), now_unix_ms, limit], read).map_err(&failed)?;
         let mut due = Vec::new();
         for row in rows {
-            let Row { id, lane, key, body, attempts, at_unix_ms } = row.map_err(&failed)?;
-            match serde_json::from_str::<DeliveryBody>(&body) {
+            let row = row.map_err(&failed)?;
+            let body = row.body();
+            let Row { id, lane, key, attempts, at_unix_ms, .. } = row;
+            match body {
                 Ok(body) => due.push(Delivery { id, sink, lane, key, body, attempts, at_unix_ms }),
                 Err(error) => {
                     tracing::error!(id, key, %error, "a delivery cannot be read; it is given up");
@@ -277,6 +304,20 @@ impl Journal {
                 .map_err(sql("keep a note"))?;
         }
         Ok(())
+    }
+
+    /// True while the result of an instance waits for its delivery.
+    ///
+    /// # Errors
+    /// When the outbox cannot be read.
+    pub fn is_result_waiting(&self, instance: &str) -> Result<bool, QueueError> {
+        self.connection
+            .query_row(
+                "SELECT EXISTS (SELECT 1 FROM outbox WHERE sink = 'redis' AND key = 'result:' || ?1)",
+                [instance],
+                |row| row.get(0),
+            )
+            .map_err(sql("read the outbox"))
     }
 
     /// Puts into the outbox once more what is to be told of a record as it stands, under another fencing number.

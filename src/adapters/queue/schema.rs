@@ -96,6 +96,7 @@ CREATE UNIQUE INDEX one_active_record ON jobs (task_id)
     WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
 CREATE UNIQUE INDEX one_active_folder ON jobs (run_dir)
     WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
+CREATE INDEX jobs_by_instance ON jobs (instance);
 CREATE INDEX jobs_by_state ON jobs (state);
 CREATE INDEX active_jobs ON jobs (seq) WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
 CREATE TRIGGER terminal_states_are_final BEFORE UPDATE OF state ON jobs
