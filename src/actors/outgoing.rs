@@ -19,7 +19,7 @@ use crate::job::state::JobState;
 
 /// A dispatcher for the side services that are configured.
 pub fn dispatcher(config: Arc<ServiceConfig>) -> Dispatcher {
-    Box::new(move |record, occasion| match occasion {
+    Arc::new(move |record, occasion| match occasion {
         Occasion::State => on_state(&config, record),
         Occasion::Event { kind: "epoch", detail } => on_epoch(&config, record, detail),
         Occasion::Event { kind: "checkpoint", detail } => on_checkpoint(&config, record, detail),

@@ -36,7 +36,7 @@ pub struct Round {
 }
 
 /// Waiting jobs that get a sentence of their own in each round; those further back are told that they are.
-const REASONS_MAX: usize = 100;
+const REASONS_MAX: usize = 16;
 
 /// What holds jobs back beside seats.
 #[derive(Debug, Clone, Default)]

@@ -94,7 +94,7 @@ impl Handles {
     pub fn dispatcher(&self, config: Arc<ServiceConfig>) -> Dispatcher {
         let decide = outgoing::dispatcher(config);
         let nudges = self.nudges.clone();
-        Box::new(move |record, occasion| {
+        Arc::new(move |record, occasion| {
             let deliveries = decide(record, occasion);
             for delivery in &deliveries {
                 // The courier looks through the journal's thread, thus after this transaction.

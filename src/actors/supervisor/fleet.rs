@@ -77,7 +77,7 @@ impl Handler<HowDoYouStand> for Supervisor {
             has_gpu,
             is_closing: self.shutting_down
                 || self.fleet.is_shut
-                || self.bays.iter().all(|bay| self.is_drained(&bay.slot.name())),
+                || (!self.bays.is_empty() && self.bays.iter().all(|bay| self.is_drained(&bay.slot.name()))),
             slots: self.bays.iter().map(|bay| bay.slot.record(bay.job())).collect(),
         }
     }

@@ -1,6 +1,9 @@
 //! The journal: jobs, their history, verdicts and requests in one SQLite file.
 //!
-//! Write-ahead log with `synchronous=FULL`: what a method returned is on the disk. Any number of processes may read
+//! Write-ahead log with `synchronous=FULL` for what somebody is told of (acceptances, verdicts, ends): it is on the disk
+//! when the method returns. What only this machine needs to go on (attempts, processes, events) is safe from a death of
+//! the process at once and reaches the disk with the next of those: after a loss of power an earlier state is found, from
+//! which recovery goes on as after a crash. Any number of processes may read
 //! and leave requests; only the service, which holds the [`super::lock::ProcessLock`], moves jobs.
 
 use std::path::{Path, PathBuf};
@@ -25,7 +28,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The journal of one state folder.
 pub struct Journal {
     pub(super) connection: Connection,
-    /// Progress goes through a connection that does not wait for the disk.
+    /// What may be lost with the machine's power goes through a connection that does not wait for the disk: progress, and
+    /// moves that a start after such a loss makes again. What a dead process had committed is kept either way.
     pub(super) soft: Option<Connection>,
     /// What side services are to be told of what happens; asked inside the transaction of the change.
     pub(super) dispatcher: Option<outbox::Dispatcher>,
@@ -63,6 +67,7 @@ impl Journal {
         let soft = Connection::open(&path).map_err(failed)?;
         soft.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
         soft.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
+        soft.pragma_update(None, "foreign_keys", true).map_err(failed)?;
         journal.soft = Some(soft);
         Ok(journal)
     }
@@ -134,8 +139,12 @@ impl Journal {
             .map_err(sql("read its version"))
     }
 
-    fn transaction(&mut self, what: &'static str) -> Result<Transaction<'_>, QueueError> {
-        begin(&mut self.connection, what)
+    /// The connection for a change that must be on the disk, or one that need not.
+    fn writer(&mut self, is_durable: bool) -> &mut Connection {
+        match &mut self.soft {
+            Some(soft) if !is_durable => soft,
+            _ => &mut self.connection,
+        }
     }
 
     /// Moves a record and puts into the outbox what side services are to hear of it, in one transaction.
@@ -146,16 +155,17 @@ impl Journal {
         retry: bool,
         what: &'static str,
     ) -> Result<JobRecord, QueueError> {
-        let transaction = begin(&mut self.connection, what)?;
+        let (dispatcher, items_max) = (self.dispatcher.clone(), self.outbox_items_max);
+        let transaction = begin(self.writer(change.state.is_terminal()), what)?;
         let after = move_to(&transaction, seq, change, retry)?;
         if change.state == JobState::Moved {
             outbox::withdraw(&transaction, &after.instance)?;
-        } else if let Some(dispatcher) = &self.dispatcher {
+        } else if let Some(dispatcher) = dispatcher {
             outbox::put(
                 &transaction,
                 &after.instance,
                 dispatcher(&after, outbox::Occasion::State),
-                self.outbox_items_max,
+                items_max,
             )?;
         }
         transaction.commit().map_err(sql(what))?;
@@ -280,7 +290,9 @@ fn move_to(connection: &Connection, seq: i64, change: &Change, retry: bool) -> R
 
 impl JobStore for Journal {
     fn accept(&mut self, job: NewJob, intake: Option<IntakeEntry>) -> Result<JobRecord, QueueError> {
-        let transaction = self.transaction("accept a job")?;
+        // An entry of the shared queue stays there until the job has ended; nobody was told of it yet.
+        let is_durable = job.shared.is_none();
+        let transaction = begin(self.writer(is_durable), "accept a job")?;
         let before = newest(&transaction, &job.spec.task_id)?;
         if let Some(active) = before.as_ref().filter(|record| !record.state.is_terminal()) {
             return Err(QueueError::Busy {
@@ -428,7 +440,7 @@ impl JobStore for Journal {
     }
 
     fn set_process(&mut self, seq: i64, process: Option<ProcessId>) -> Result<(), QueueError> {
-        self.connection
+        self.writer(false)
             .execute(
                 "UPDATE jobs SET pid = ?2, pid_started = ?3 WHERE seq = ?1",
                 params![
@@ -443,7 +455,7 @@ impl JobStore for Journal {
 
     fn set_reasons(&mut self, reasons: &[(i64, String)]) -> Result<(), QueueError> {
         let failed = sql("note why jobs wait");
-        let transaction = self.transaction("note why jobs wait")?;
+        let transaction = begin(self.writer(false), "note why jobs wait")?;
         for (seq, reason) in reasons {
             transaction
                 .execute("UPDATE jobs SET reason = ?2 WHERE seq = ?1", params![seq, reason])
@@ -483,12 +495,13 @@ impl JobStore for Journal {
     }
 
     fn add_event(&mut self, seq: i64, kind: &str, detail: &serde_json::Value) -> Result<(), QueueError> {
-        let transaction = begin(&mut self.connection, "store an event")?;
+        let (dispatcher, items_max) = (self.dispatcher.clone(), self.outbox_items_max);
+        let transaction = begin(self.writer(false), "store an event")?;
         insert_event(&transaction, seq, kind, detail)?;
-        if let Some(dispatcher) = &self.dispatcher {
+        if let Some(dispatcher) = dispatcher {
             let about = record(&transaction, seq)?;
             let told = dispatcher(&about, outbox::Occasion::Event { kind, detail });
-            outbox::put(&transaction, &about.instance, told, self.outbox_items_max)?;
+            outbox::put(&transaction, &about.instance, told, items_max)?;
         }
         transaction.commit().map_err(sql("store an event"))
     }

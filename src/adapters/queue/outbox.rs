@@ -6,6 +6,7 @@
 //! (results, ends of runs) are kept whatever it costs, because there are only a few for each job.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::Value as Json;
@@ -39,7 +40,7 @@ pub enum Occasion<'a> {
 }
 
 /// Says what side services are to be told of an occasion.
-pub type Dispatcher = Box<dyn Fn(&JobRecord, Occasion<'_>) -> Vec<NewDelivery> + Send>;
+pub type Dispatcher = Arc<dyn Fn(&JobRecord, Occasion<'_>) -> Vec<NewDelivery> + Send + Sync>;
 
 /// How much waits for one service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -336,7 +337,7 @@ impl Journal {
     /// # Errors
     /// When it cannot be stored.
     pub fn set_fence(&self, seq: i64, fence: u64) -> Result<(), QueueError> {
-        self.connection
+        self.quick()
             .execute("UPDATE jobs SET fence = ?2 WHERE seq = ?1", params![seq, fence as i64])
             .map_err(sql("note a fencing number"))?;
         Ok(())
