@@ -14,7 +14,7 @@ use crate::world::World;
 const PASSWORD: &str = "pw-7c1f0e5a-never-shown";
 const WRONG: &str = "pw-wrong-11aa-never-shown";
 /// What `docs/redis-keys.md` says that a user needs.
-const RIGHTS: &str = "~* &progress:* -@all +@read +@write +@stream +@scripting +@connection +@pubsub";
+const RIGHTS: &str = "~* &progress:* -@all +@read +@write +@stream +@scripting +@connection +@pubsub +time";
 
 /// A server with TLS for the machines and a plain port for the test, and its folder of certificates.
 fn server() -> Option<(RedisServer, Port, tempfile::TempDir)> {
@@ -65,7 +65,7 @@ fn a_user_with_the_documented_rights_behind_tls_works_and_its_password_is_writte
     let mut client = client.get_connection().expect("the plain port answers");
     let mut user = redis::cmd("ACL");
     user.arg("SETUSER").arg("worker").arg("on").arg(format!(">{PASSWORD}"));
-    RIGHTS.split(' ').for_each(|rule| drop(user.arg(rule)));
+    user.arg(RIGHTS.split(' ').collect::<Vec<_>>());
     user.query::<()>(&mut client).expect("a user");
 
     let secrets = tempfile::tempdir().expect("a folder");

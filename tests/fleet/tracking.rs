@@ -36,8 +36,13 @@ impl Tracking {
     }
 
     fn ask(&self, request: reqwest::RequestBuilder) -> Json {
+        let again = request.try_clone().expect("a body in memory");
         self.runtime.block_on(async {
-            let answer = request.send().await.expect("an answer");
+            // The server may close an idle connection in the moment in which it is used again.
+            let answer = match request.send().await {
+                Ok(answer) => answer,
+                Err(_) => again.send().await.expect("an answer"),
+            };
             answer.json().await.expect("JSON")
         })
     }
