@@ -66,7 +66,8 @@ fn a_user_with_the_documented_rights_behind_tls_works_and_its_password_is_writte
     let mut user = redis::cmd("ACL");
     user.arg("SETUSER").arg("worker").arg("on").arg(format!(">{PASSWORD}"));
     user.arg(RIGHTS.split(' ').collect::<Vec<_>>());
-    user.query::<()>(&mut client).expect("a user");
+    // One right is missing at first.
+    user.arg("-time").query::<()>(&mut client).expect("a user");
 
     let secrets = tempfile::tempdir().expect("a folder");
     let password_file = secrets.path().join("password");
@@ -86,6 +87,21 @@ fn a_user_with_the_documented_rights_behind_tls_works_and_its_password_is_writte
     let mut push = redis::cmd("XADD");
     push.arg("training_queue").arg("*").arg("config").arg(&job);
     push.query::<String>(&mut client).expect("added");
+    // Down stays down, although every connection is made; and the log is not filled.
+    let queue_state = |world: &World| {
+        let output = world.run(&["status", "--services", "--json"]);
+        let services: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let queue = services.as_array()?.iter().find(|line| line["service"] == "queue")?.clone();
+        Some(queue["state"].as_str()?.to_owned())
+    };
+    world.wait_log("does not work");
+    world.wait("the state", || (queue_state(&world)? == "down").then_some(()));
+    let states: Vec<Option<String>> = (0..10).map(|_| queue_state(&world)).collect();
+    let downs = states.iter().filter(|state| state.as_deref() == Some("down")).count();
+    assert!(downs >= 5, "{states:?}");
+    assert!(world.logs().matches("does not show its configuration").count() <= 2, "{}", world.logs());
+    // It goes on by itself.
+    redis::cmd("ACL").arg("SETUSER").arg("worker").arg("+time").query::<()>(&mut client).expect("a right");
     world.wait_state("a", JobState::Completed);
     let published = || {
         let rows: redis::streams::StreamRangeReply =
