@@ -48,8 +48,8 @@ fn holders(folder: &Path, texts: &[&str], found: &mut Vec<PathBuf>) -> usize {
             looked_at += holders(&path, texts, found);
         } else if kind.is_file() {
             let bytes = std::fs::read(&path).unwrap_or_default();
-            let holds = |text: &&str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
-            if texts.iter().any(|text| holds(&text)) {
+            let holds = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+            if texts.iter().any(|text| holds(text)) {
                 found.push(path);
             }
             looked_at += 1;
