@@ -24,6 +24,8 @@ pub enum What {
     Loader(super::bench_loader::Args),
     /// Reaction of the service: dropped file to first step, stop file to cancelled, idle cost.
     Reaction(super::bench_reaction::Args),
+    /// Jobs a second through the shared queue or the folder, with a trainer that does nothing.
+    Queue(super::bench_queue::Args),
 }
 
 /// Arguments of `bench step`.
@@ -78,6 +80,7 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     match args.what {
         What::Step(args) => step(args),
         What::Reaction(args) => super::bench_reaction::run(args),
+        What::Queue(args) => super::bench_queue::run(args),
         What::Loader(args) => super::bench_loader::run(args).map_err(CliError::from),
     }
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_loader;
+mod bench_queue;
 mod bench_reaction;
 mod common;
 mod console;

@@ -343,11 +343,12 @@ fn name_of(taken: &Taken) -> String {
 }
 
 fn list_kind(entry: &QueueEntry) -> Option<ListKind> {
-    entry.is_list.then(|| match entry.queue.as_str() {
+    let kind = match entry.queue.as_str() {
         "recreate" => ListKind::Recreate,
         "evaluate" => ListKind::Evaluate,
         _ => ListKind::Training,
-    })
+    };
+    entry.is_list.then_some(kind)
 }
 
 fn with_causes(error: &dyn std::error::Error) -> String {
