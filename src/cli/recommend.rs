@@ -1,5 +1,7 @@
 //! `boxwright recommend`: what to train on a dataset first, and why.
 
+mod shared;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,6 +9,7 @@ use std::process::ExitCode;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+use self::shared::SharedCache;
 use super::CliError;
 use super::common::ServiceArgs;
 use crate::adapters::queue::JobStore;
@@ -30,8 +33,8 @@ const SCORE: &str = "metrics/mAP50-95(B)";
 
 /// Say what to train on a dataset first, and why, as a job ready to submit
 ///
-/// The same data and goal give the same answer, which is kept for half an hour; `--fresh` works it out anew. Nobody
-/// outside this machine is asked.
+/// The same data and goal give the same answer, which is kept for half an hour; `--fresh` works it out anew. Machines
+/// with one Redis share what is kept; nobody else is asked.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Dataset file, or a folder that holds one
@@ -70,11 +73,12 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         return Err(CliError::usage(format!("{} exists; it is not overwritten", path.display())));
     }
     let config = args.service.load()?;
-    let second = second_tier(&config);
+    let second = SharedCache::open(&config);
+    let second = second.as_ref().map(|shared| shared as &dyn SecondTier);
     let options = DatasetOptions::default();
-    let described = describe(&args.data, &options, second.as_deref(), args.fresh)?;
+    let described = describe(&args.data, &options, second, args.fresh)?;
     let history = history(&config, &described.metadata)?;
-    let answer = answer(&args, &options, &described.metadata, &history, second.as_deref())?;
+    let answer = answer(&args, &options, &described.metadata, &history, second)?;
     let data = std::path::absolute(&args.data).unwrap_or_else(|_| args.data.clone());
     let device = args.device.and_then(device_word);
     if let Some(path) = &args.write {
@@ -98,11 +102,6 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         cache_word(answer.is_hit)
     );
     Ok(ExitCode::SUCCESS)
-}
-
-/// The store that machines share cached values through; none yet.
-fn second_tier(_config: &ServiceConfig) -> Option<Box<dyn SecondTier>> {
-    None
 }
 
 fn cache_word(is_hit: bool) -> &'static str {

@@ -7,10 +7,15 @@
 mod clients;
 mod faults;
 mod machines;
+mod network;
 mod park;
+mod real;
+mod secured;
 #[path = "../common/servers/mod.rs"]
 mod servers;
+mod shared_cache;
 mod soak;
+mod tracking;
 #[allow(dead_code)]
 #[path = "../runtime/world.rs"]
 mod world;

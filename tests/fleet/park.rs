@@ -1,6 +1,7 @@
 //! A fleet for one test: Redis, a store, machines.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use redis::Commands;
@@ -30,6 +31,16 @@ impl Park {
     pub fn with_store() -> Option<Self> {
         let store = s3::server()?;
         Some(Self { store: Some(store), ..Self::new()? })
+    }
+
+    /// With everything at an address of this machine that is no loopback one.
+    pub fn at(host: Ipv4Addr) -> Option<Self> {
+        let store = s3::server()?.bound_to(host.into());
+        let words = ["--save", "", "--appendonly", "no", "--protected-mode", "no", "--bind"];
+        // The later of two words counts.
+        let host = host.to_string();
+        let words = [&words[..], &["127.0.0.1", &host]].concat();
+        Some(Self { redis: RedisServer::start_with(&words)?, store: Some(store), more: String::new() })
     }
 
     /// A machine of the fleet that is not started yet.

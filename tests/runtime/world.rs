@@ -21,6 +21,8 @@ pub struct World {
     /// Environment of the program; without a word of the test it finds no driver, whatever the machine has.
     environment: Vec<(&'static str, PathBuf)>,
     limit: Duration,
+    /// Words before the program: what runs it, somewhere else.
+    launcher: Vec<String>,
 }
 
 /// A job for the stub trainer.
@@ -38,7 +40,7 @@ impl World {
         let folder = tempfile::tempdir().expect("a folder");
         let nowhere = folder.path().join("no-driver");
         let environment = vec![("BOXWRIGHT_CUDA_DRIVER", nowhere)];
-        let world = Self { folder, service: None, starts: 0, environment, limit: LIMIT };
+        let world = Self { folder, service: None, starts: 0, environment, limit: LIMIT, launcher: vec![] };
         std::fs::create_dir(world.path("configs")).expect("writable");
         let stub = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/stub_trainer.sh");
         let mut text = "watch: {poll_interval_ms: 200, settle_ms: 300, open_settle_ms: 1500}\n\
@@ -58,6 +60,12 @@ impl World {
     pub fn set(&mut self, name: &'static str, value: impl Into<PathBuf>) {
         self.environment.retain(|(known, _)| *known != name);
         self.environment.push((name, value.into()));
+    }
+
+    /// Lets these words run the program, in its own process: `ip netns exec NAME`.
+    #[allow(dead_code)]
+    pub fn launch_by(&mut self, words: &[&str]) {
+        self.launcher = words.iter().map(|word| (*word).to_owned()).collect();
     }
 
     /// Gives conditions more time: emulated GPUs are slow.
@@ -87,8 +95,15 @@ impl World {
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_boxwright"));
-        command.args(arguments).arg("--service").arg("service.yaml").current_dir(self.folder.path());
+        let program = env!("CARGO_BIN_EXE_boxwright");
+        let mut words = self.launcher.iter().map(String::as_str).chain([program]);
+        let mut command = Command::new(words.next().unwrap_or(program));
+        command
+            .args(words)
+            .args(arguments)
+            .arg("--service")
+            .arg("service.yaml")
+            .current_dir(self.folder.path());
         for name in [
             "CONFIGS_DIR",
             "STOP_DIR",

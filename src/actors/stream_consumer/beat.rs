@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Consumer, PENDING_MAX, Trouble};
+use super::{COMPLAINT_INTERVAL, Consumer, PENDING_MAX, Trouble};
 use crate::actors::supervisor::{FleetHeard, ShutFleet, Standing, StopJob, Surrender};
 use crate::adapters::queue::redis::{Announced, GpuOwner, Renewed, SlotReport, Warning};
 use crate::job::clock::{now_unix_ms, rfc3339};
@@ -38,12 +38,7 @@ impl Consumer {
             }
         }
         if !self.was_heard || self.down_since.is_some() {
-            for warning in fleet.warnings().await? {
-                match warning {
-                    Warning::Danger(text) => tracing::warn!("{text}"),
-                    Warning::Note(text) => tracing::info!("{text}"),
-                }
-            }
+            self.warn(fleet.warnings().await?);
         }
         self.is_connected = true;
         self.note(json!({"state": "up", "last_success": rfc3339(now_unix_ms())})).await;
@@ -57,6 +52,22 @@ impl Consumer {
             );
         }
         Ok(())
+    }
+
+    /// Names what is dangerous: when it is news, and once a minute where one connection follows another.
+    fn warn(&mut self, warnings: Vec<Warning>) {
+        let is_said =
+            |(at, said): &(Instant, Vec<Warning>)| at.elapsed() < COMPLAINT_INTERVAL && *said == warnings;
+        if self.warned.as_ref().is_some_and(is_said) {
+            return;
+        }
+        for warning in &warnings {
+            match warning {
+                Warning::Danger(text) => tracing::warn!("{text}"),
+                Warning::Note(text) => tracing::info!("{text}"),
+            }
+        }
+        self.warned = Some((Instant::now(), warnings));
     }
 
     /// One heartbeat.

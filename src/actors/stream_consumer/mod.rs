@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 use super::keeper::Keeper;
 use super::supervisor::{HowDoYouStand, Observer, Standing, Supervisor};
 use crate::adapters::queue::QueueError;
-use crate::adapters::queue::redis::{Fleet, FleetError, Taken};
+use crate::adapters::queue::redis::{Fleet, FleetError, Taken, Warning};
 use crate::job::clock::{human_ms, now_unix_ms, rfc3339};
 use crate::job::service::ServiceConfig;
 use crate::job::spec::SpecContext;
@@ -95,6 +95,7 @@ impl StreamConsumer {
             failures: 0,
             down_since: None,
             complained: None,
+            warned: None,
             next_beat: Instant::now(),
             no_steal_until: Instant::now(),
             later: Vec::new(),
@@ -149,6 +150,8 @@ struct Consumer {
     failures: u32,
     down_since: Option<Instant>,
     complained: Option<Instant>,
+    /// What the server's configuration was said to be last, and when.
+    warned: Option<(Instant, Vec<Warning>)>,
     next_beat: Instant,
     /// After an outage others need time to show that they live, before what they hold is taken over.
     no_steal_until: Instant,
@@ -304,11 +307,12 @@ impl Consumer {
     /// Notes a failure and says how long to pause.
     async fn failed(&mut self, error: &FleetError) -> Duration {
         // Whatever it was, groups and pending entries are looked at afresh.
-        self.is_connected = false;
+        let was_up = std::mem::replace(&mut self.is_connected, false);
         self.failures = self.failures.saturating_add(1);
         let is_news = self.down_since.is_none();
         let since = *self.down_since.get_or_insert_with(Instant::now);
-        if self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL) {
+        let is_due = self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL);
+        if is_due {
             self.complained = Some(Instant::now());
             let address = self.parts.fleet.address();
             // A group that is gone is made again in the next round; that is no outage.
@@ -317,6 +321,9 @@ impl Consumer {
                 let lasting = if is_news { String::new() } else { format!(" (for {outage} by now)") };
                 tracing::warn!("the shared queue on {address} does not work{lasting}: {}", error.chain());
             }
+        }
+        // A server that answers and then refuses was noted as up in between.
+        if is_due || was_up {
             let state = serde_json::json!({
                 "state": "down", "since": rfc3339(now_unix_ms() - since.elapsed().as_millis() as i64),
                 "error": error.chain(),

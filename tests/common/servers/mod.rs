@@ -6,6 +6,7 @@
 //! Each test binary uses a part of it, hence the allowance for unused code.
 #![allow(dead_code)]
 
+pub mod mlflow;
 pub mod process;
 pub mod proxy;
 pub mod redis;

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -48,6 +48,7 @@ pub struct S3Server {
     folder: tempfile::TempDir,
     data: PathBuf,
     child: Option<Child>,
+    host: IpAddr,
     port: u16,
     console_port: u16,
     starts: u32,
@@ -56,7 +57,7 @@ pub struct S3Server {
 }
 
 /// Makes a certificate authority `ca.crt` and a certificate of 127.0.0.1 signed by it. False without `openssl`.
-fn make_certificates(folder: &Path) -> bool {
+pub fn make_certificates(folder: &Path) -> bool {
     std::fs::create_dir_all(folder).expect("a folder");
     std::fs::write(folder.join("names"), "subjectAltName=IP:127.0.0.1,DNS:localhost\n").expect("written");
     let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
@@ -98,6 +99,7 @@ impl S3Server {
             data: data.to_owned(),
             folder,
             child: None,
+            host: Ipv4Addr::LOCALHOST.into(),
             port: free_port(),
             console_port: free_port(),
             starts: 0,
@@ -118,6 +120,13 @@ impl S3Server {
         Some(self)
     }
 
+    /// Puts it on another address of this machine.
+    pub fn bound_to(mut self, host: IpAddr) -> Self {
+        self.host = host;
+        self.run();
+        self
+    }
+
     /// The certificate of its authority.
     pub fn ca_file(&self) -> Option<PathBuf> {
         self.certificates.as_ref().map(|folder| folder.join("ca.crt"))
@@ -125,7 +134,7 @@ impl S3Server {
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], self.port))
+        SocketAddr::from((self.host, self.port))
     }
 
     /// True for the one that checks everything itself.
@@ -175,7 +184,7 @@ impl S3Server {
             command.env("MINIO_ROOT_PASSWORD", "boxwright-test-secret");
             command.env("MINIO_BROWSER", "off").env("MINIO_UPDATE", "off");
         } else {
-            command.args(["--host", "127.0.0.1", "--port", &self.port.to_string()]);
+            command.args(["--host", &self.host.to_string(), "--port", &self.port.to_string()]);
             command.args(["--access-key", "boxwright-test", "--secret-key", "boxwright-test-secret"]);
             command.arg(&data);
         }
