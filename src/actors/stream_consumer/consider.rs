@@ -82,7 +82,10 @@ impl Consumer {
             return Ok(());
         }
         let instance = self.instance(&taken, &task_id, known.as_ref()).await?;
-        if fleet.is_done(&instance).await? {
+        // Both questions travel together.
+        let (is_done, last) =
+            futures_util::future::try_join(fleet.is_done(&instance), fleet.last_instance(&task_id)).await?;
+        if is_done {
             tracing::info!(task_id = %task_id, "{place} has been worked on; it is acknowledged");
             fleet.acknowledge(&taken.entry).await?;
             return Ok(());
@@ -103,7 +106,7 @@ impl Consumer {
         }
         let lease_ms = self.parts.config.redis.lease_ms();
         // Somebody had this very submission before, if only for a moment: there may be something of it in the store.
-        let was_had = fleet.last_instance(&task_id).await?.as_ref() == Some(&instance);
+        let was_had = last.as_ref() == Some(&instance);
         match fleet.acquire(&task_id, &instance, lease_ms).await? {
             Acquired::Held { owner, .. } => {
                 if was_had {

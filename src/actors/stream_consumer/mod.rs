@@ -282,6 +282,10 @@ impl Consumer {
         if standing.is_closing || self.is_intruded.is_some() || self.later.len() >= LATER_MAX {
             return Ok(0);
         }
+        let wanted = standing.free + self.parts.config.redis.prefetch;
+        if wanted == 0 {
+            return Ok(0);
+        }
         let waiting = self
             .parts
             .keeper
@@ -292,7 +296,7 @@ impl Consumer {
                 Ok(waiting.iter().filter(|job| job.not_before_unix_ms <= now).count())
             })
             .await?;
-        Ok((standing.free + self.parts.config.redis.prefetch).saturating_sub(waiting))
+        Ok(wanted.saturating_sub(waiting))
     }
 
     /// Notes that a round went well.
