@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{CliError, signals};
-use crate::train::child::{ChildResult, ChildSpec, ExitCode, JobMode};
+use crate::train::child::{ChildResult, ChildSpec, ExitCode, JobMode, SUPERVISOR_PID};
 use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::event::{Command, Observer, OutcomeKind, SessionEvent, Stamped};
@@ -64,6 +64,24 @@ impl Observer for Pipe {
     }
 }
 
+/// Asks the kernel to end this process when the supervisor's ends. A supervisor that is gone already shows in the end of
+/// standard input.
+fn die_with_supervisor() {
+    let Some(supervisor) = std::env::var(SUPERVISOR_PID).ok().and_then(|text| text.parse::<u32>().ok())
+    else {
+        return;
+    };
+    // SAFETY: prctl with this request takes a number and touches no memory of ours; getppid takes nothing.
+    let is_ours = unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::getppid() as u32 == supervisor
+    };
+    if !is_ours {
+        // It died before the request was made: nobody would hear of what this process does.
+        std::process::exit(ExitCode::Interrupted as i32);
+    }
+}
+
 /// Reads orders until standard input ends. The thread dies with the process.
 fn listen(orders: Arc<Orders>) -> std::io::Result<()> {
     let listener = move || {
@@ -96,6 +114,7 @@ pub fn run(args: Args) -> Result<std::process::ExitCode, CliError> {
     };
     let spec = read(&args.spec)
         .map_err(|e| CliError::usage_from(format!("cannot read specification {}", args.spec.display()), e))?;
+    die_with_supervisor();
     signals::watch();
     let orders = Arc::new(Orders::default());
     listen(Arc::clone(&orders)).map_err(|e| CliError::failed_from("cannot start a thread", e))?;

@@ -33,6 +33,9 @@ impl JobMode {
     }
 }
 
+/// Variable in which the supervisor gives its process number: the child dies with that process, however it dies.
+pub const SUPERVISOR_PID: &str = "BOXWRIGHT_SUPERVISOR_PID";
+
 /// One job for one process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChildSpec {

@@ -23,7 +23,7 @@ use crate::adapters::process;
 use crate::job::record::JobRecord;
 use crate::job::state::FailureClass;
 use crate::train::args::{Device, TrainArgs};
-use crate::train::child::ChildSpec;
+use crate::train::child::{ChildSpec, SUPERVISOR_PID};
 
 /// Lines of standard error kept for the reason of a failure.
 const TAIL_LINES_MAX: usize = 40;
@@ -33,6 +33,8 @@ const TAIL_LINE_BYTES_MAX: usize = 512;
 const TERM_GRACE: Duration = Duration::from_secs(10);
 /// How long pipes are read after the process is gone (a grandchild may hold them open).
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// How much rather than another process the child is ended when memory runs out, as the kernel counts it.
+const OOM_SCORE: &str = "500";
 /// Between two looks at the child's memory.
 const MEMORY_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -204,28 +206,15 @@ fn spawn(config: &TrainerConfig, on_gpu: bool, spec_path: &Path) -> std::io::Res
     if let Some(threads) = config.threads.filter(|_| !on_gpu) {
         command.env("RAYON_NUM_THREADS", threads.to_string());
     }
-    let parent = std::process::id();
-    // SAFETY: between fork and exec only async-signal-safe calls are made (prctl, getppid, open, write, close), nothing
-    // is allocated, and the one pointer passed is to a constant with a terminating zero.
-    unsafe {
-        command.pre_exec(move || {
-            // The child dies with the service, however the service dies; the check closes the gap before the call.
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            if libc::getppid() as u32 != parent {
-                return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
-            }
-            // When memory runs out the trainer goes, not the service. A system without the file is fine too.
-            let file = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-            if file >= 0 {
-                libc::write(file, c"500".as_ptr().cast(), 3);
-                libc::close(file);
-            }
-            Ok(())
-        });
+    // No code of ours runs between fork and exec: the system can then start the child without copying this process's page
+    // tables, which costs more than everything else about a job. The child itself asks to die with us.
+    command.env(SUPERVISOR_PID, std::process::id().to_string());
+    let child = command.spawn()?;
+    if let Some(pid) = child.id() {
+        // When memory runs out the trainer goes, not the service. A system without the file is fine too.
+        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE);
     }
-    command.spawn()
+    Ok(child)
 }
 
 /// A child under watch.
