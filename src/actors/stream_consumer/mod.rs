@@ -286,16 +286,7 @@ impl Consumer {
         if wanted == 0 {
             return Ok(0);
         }
-        let waiting = self
-            .parts
-            .keeper
-            .with(|journal| {
-                let now = now_unix_ms();
-                use crate::adapters::queue::JobStore;
-                let waiting = journal.waiting()?;
-                Ok(waiting.iter().filter(|job| job.not_before_unix_ms <= now).count())
-            })
-            .await?;
+        let waiting = self.parts.keeper.with(|journal| journal.count_due(now_unix_ms())).await?;
         Ok(wanted.saturating_sub(waiting))
     }
 

@@ -119,6 +119,8 @@ pub struct Supervisor {
     watcher: Option<Addr<FolderWatcher>>,
     seen_version: Option<i64>,
     next_due_unix_ms: Option<i64>,
+    /// When jobs were last given to slots, or the others told why they wait.
+    scheduled: Option<Instant>,
     /// What holds jobs back beside slots.
     gate: Gate,
     fleet: fleet::FleetGate,
@@ -145,6 +147,7 @@ impl Supervisor {
             watcher: None,
             seen_version: None,
             next_due_unix_ms: None,
+            scheduled: None,
             gate: Gate::default(),
             fleet: fleet::FleetGate::default(),
             shutting_down: false,
@@ -173,6 +176,13 @@ impl Supervisor {
         let mut seats: Vec<Seat> = self.bays.iter().map(|bay| bay.slot.seat(bay.job())).collect();
         let looked = self.survey.looked.clone();
         let gate = self.gate.clone();
+        // Without a free slot a round only tells jobs why they wait. In a queue of thousands that is read often enough once a
+        // second, however many jobs come meanwhile.
+        let has_room = seats.iter().any(|seat| seat.job.is_none() && seat.obstacle.is_none());
+        if !has_room && self.scheduled.is_some_and(|at| at.elapsed() < TICK) {
+            return self.take_requests(ctx);
+        }
+        self.scheduled = Some(Instant::now());
         let work = async move {
             keeper
                 .with(move |journal| {
@@ -200,6 +210,22 @@ impl Supervisor {
                     ctx.terminate();
                 }
             }
+        }));
+    }
+
+    /// Looks for requests alone. The rest follows at the next tick.
+    fn take_requests(&mut self, ctx: &mut Context<Self>) {
+        let due_ms = now_unix_ms() + TICK.as_millis() as i64;
+        self.next_due_unix_ms = Some(self.next_due_unix_ms.map_or(due_ms, |due| due.min(due_ms)));
+        let keeper = self.keeper.clone();
+        let work = async move { keeper.with(take_requests).await };
+        ctx.wait(work.into_actor(self).map(|result, actor, ctx| match result {
+            Ok(stops) => {
+                for record in stops {
+                    actor.stopped(record, ctx);
+                }
+            }
+            Err(error) => log_journal("look for requests", &error),
         }));
     }
 

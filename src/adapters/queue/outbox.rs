@@ -464,4 +464,16 @@ impl Journal {
         let rows = statement.query_map([], |row| row.get(0)).map_err(&failed)?;
         rows.map(|row| row.map_err(&failed)).collect()
     }
+
+    /// Waiting records that could be started now, were there slots.
+    ///
+    /// # Errors
+    /// When they cannot be counted.
+    pub fn count_due(&self, now_unix_ms: i64) -> Result<usize, QueueError> {
+        let text = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'interrupted') AND not_before <= ?1";
+        let mut statement = self.connection.prepare_cached(text).map_err(sql("count its jobs"))?;
+        let count: i64 =
+            statement.query_row([now_unix_ms], |row| row.get(0)).map_err(sql("count its jobs"))?;
+        Ok(count.max(0) as usize)
+    }
 }

@@ -97,7 +97,7 @@ CREATE UNIQUE INDEX one_active_record ON jobs (task_id)
 CREATE UNIQUE INDEX one_active_folder ON jobs (run_dir)
     WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
 CREATE INDEX jobs_by_instance ON jobs (instance);
-CREATE INDEX jobs_by_state ON jobs (state);
+CREATE INDEX jobs_by_state ON jobs (state, not_before);
 CREATE INDEX active_jobs ON jobs (seq) WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved');
 CREATE TRIGGER terminal_states_are_final BEFORE UPDATE OF state ON jobs
     WHEN OLD.state IN ('completed', 'failed', 'cancelled', 'moved')
