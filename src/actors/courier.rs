@@ -4,7 +4,7 @@
 //! when something was put into the outbox, the wish to end. Out: calls of the [`Sink`], and what the journal keeps of
 //! the service's state. Order: the first delivery of each lane, oldest first; a lane waits behind its failed
 //! delivery, all wait while the service is down. Limits: back-off with jitter up to a maximum, a batch of
-//! [`BATCH_MAX`] at a time, a line in the log when a service goes down or comes back and once a minute between. When a
+//! `BATCH_MAX` at a time, a line in the log when a service goes down or comes back and once a minute between. When a
 //! courier fails (a panic in a sink) its delivery is taken as failed and it goes on; when it dies with the
 //! process the outbox has everything.
 

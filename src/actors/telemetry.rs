@@ -2,7 +2,7 @@
 //!
 //! Owns: a thread with the sampler. In: whether jobs run (from the notices), the wish to end. Out: the newest
 //! sample for whoever shows it, and samples into the outbox for each running job. Limits: a look every
-//! [`LOOK_INTERVAL`] while a job runs, none else. When it fails (a driver's library may) the last sample stands.
+//! `LOOK_INTERVAL` while a job runs, none else. When it fails (a driver's library may) the last sample stands.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

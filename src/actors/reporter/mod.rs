@@ -3,8 +3,8 @@
 //! Owns: a thread with a runtime of its own, what is to be shown of each job. In: the supervisor's notices (never
 //! waits), the wish to end. Out: `progress:{task_id}`, the channels, `stream:{task_id}`. What is shown is liveness: while
 //! Redis is away nothing piles up, and afterwards the newest state and the log from where it was are shown. Results and
-//! metrics are facts: they go through the outbox ([`RedisSink`](crate::adapters::queue::redis::RedisSink)). Limits: a flush a second, [`LOG_BYTES_MAX`] of
-//! a log at once, [`JOBS_MAX`] jobs.
+//! metrics are facts: they go through the outbox ([`RedisSink`](crate::adapters::queue::redis::RedisSink)). Limits: a flush a second, `LOG_BYTES_MAX` of
+//! a log at once, `JOBS_MAX` jobs.
 
 mod fields;
 mod log;

@@ -4,7 +4,7 @@
 //! supervisor's answers, a nudge when a slot became free, the wish to end. Out: jobs into the journal, and to the supervisor
 //! `Wake`, `StopJob` (a cancellation by key), `Surrender` (another machine has the job), `FleetHeard`. Nothing is
 //! acknowledged before the journal has it, and nothing is taken without a slot for it. While Redis is away it is asked
-//! again with a back-off, said once a minute; what runs goes on. Limits: calls of 2 s, at most [`LATER_MAX`] entries in
+//! again with a back-off, said once a minute; what runs goes on. Limits: calls of 2 s, at most `LATER_MAX` entries in
 //! hand, one heartbeat at a time. When the process dies, entries stay pending and are taken again by this machine's next
 //! start or, after the lease, by another machine.
 

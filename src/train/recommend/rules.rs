@@ -142,7 +142,7 @@ pub struct Fitted {
     pub smaller_input: Option<String>,
 }
 
-/// Goes down the ladder, then down in size, until a batch of [`NORM_BATCH`] fits the memory.
+/// Goes down the ladder, then down in size, until a batch of `NORM_BATCH` fits the memory.
 ///
 /// # Errors
 /// [`TrainError::Memory`] when one image of the least size does not fit the smallest network.
