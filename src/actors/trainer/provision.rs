@@ -157,11 +157,13 @@ async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
                 for problem in &restored.problems {
                     tracing::warn!(task_id = id, "from the store: {problem}");
                 }
+                let checkpoint = restored.checkpoint.as_deref().and_then(Path::file_name);
+                let checkpoint = checkpoint.map(|name| name.to_string_lossy().into_owned());
                 tracing::info!(
                     task_id = id,
-                    "the run folder is brought back from the store (epoch {}, step {})",
-                    restored.epoch,
-                    restored.step
+                    "the run folder is brought back from the store as the machine {} left it ({})",
+                    restored.machine_id,
+                    checkpoint.as_deref().unwrap_or("no checkpoint")
                 );
                 return Ok(());
             }
