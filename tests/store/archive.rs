@@ -196,10 +196,13 @@ async fn fencing(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
     // Another submission of the same job begins anew; nothing of the earlier one stays.
     let again = tempfile::tempdir().expect("a folder");
     checkpoint(again.path(), 5, 1000);
-    deliver(&sink, body(again.path(), "i2", 1, FilesMoment::Checkpoint)).await.expect("delivered");
+    deliver(&sink, body(again.path(), "i2", 3, FilesMoment::Checkpoint)).await.expect("delivered");
     let kept = manifest(store.as_ref()).await;
     assert_eq!(kept.files.iter().map(|f| f.path.as_str()).collect::<Vec<_>>(), ["state/step-000000005.ckpt"]);
     assert_eq!((kept.instance.as_str(), kept.parent), ("i2", None));
+    // A machine that is late with the earlier submission does not replace the newer one.
+    let late = deliver(&sink, body(again.path(), "i1", 2, FilesMoment::End)).await;
+    assert!(matches!(late, Err(DeliveryError::Fenced { fence: 3, .. })), "{late:?}");
 }
 
 async fn promoting(store: Arc<dyn ObjectStore>, config: &StoreConfig) {

@@ -125,6 +125,11 @@ async fn long_lists_come_in_pages() {
 #[tokio::test]
 async fn an_object_that_is_replaced_while_it_is_read_is_whole() {
     let Some(server) = s3::server() else { return };
+    if !server.is_minio() {
+        // It writes objects in place, so that readers may see half of one.
+        eprintln!("skipped: the small S3 server does not replace objects whole; MinIO does");
+        return;
+    }
     let store = open(&server.config());
     let (models, at) = (bucket("models"), key("manifest.json"));
     store.prepare(&models).await.expect("prepared");
