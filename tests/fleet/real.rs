@@ -38,7 +38,7 @@ async fn upload(store: &dyn ObjectStore, folder: &Path) {
 }
 
 /// The manifest of a completed run, whose files are read and verified.
-async fn verified(store: &dyn ObjectStore, task_id: &str) -> Option<Json> {
+pub async fn verified(store: &dyn ObjectStore, task_id: &str) -> Option<Json> {
     let models = BucketName::new("models").expect("a bucket");
     let key = |key: String| ObjectKey::new(key).expect("a key");
     let bytes =

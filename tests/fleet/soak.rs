@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use boxwright::adapters::process;
+use boxwright::adapters::{process, store};
 use boxwright::job::state::JobState;
 
 use crate::park::{Park, stub_job};
@@ -132,5 +132,14 @@ fn every_job_completes_exactly_once_whatever_is_killed() {
             services.as_array()?.iter().all(|line| line["waiting"] == 0).then_some(())
         });
         world.end_service(libc::SIGTERM);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let config = park.store.as_ref().expect("is there").config();
+    let store = store::open(&config).expect("opens").expect("a store");
+    for number in 0..JOBS {
+        let manifest = runtime.block_on(crate::real::verified(&*store, &format!("job-{number}")));
+        let manifest = manifest.unwrap_or_else(|| panic!("job-{number} has no manifest of a completed run"));
+        let files = manifest["files"].as_array().expect("a list");
+        assert!(files.iter().any(|file| file["role"] == "checkpoint"), "job-{number}: {manifest}");
     }
 }

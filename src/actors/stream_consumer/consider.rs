@@ -99,6 +99,15 @@ impl Consumer {
                 // It is in hand, and the heartbeat keeps its lease.
                 return Ok(());
             }
+            if !is_same
+                && known.state == JobState::Completed
+                && known.content_sha256 == readable.message.content_sha256()
+            {
+                let folder = known.run_dir.display();
+                tracing::info!(task_id = %task_id, "{place} is acknowledged without a run: this very content has completed, see {folder}");
+                fleet.acknowledge(&taken.entry).await?;
+                return Ok(());
+            }
             if !is_same && !known.state.is_terminal() {
                 tracing::debug!(task_id = %task_id, "{place} waits for the end of the job that has its task id");
                 return self.put_off(taken).await;
@@ -308,11 +317,6 @@ impl Consumer {
             }
             Verdict::DryRun(_) | Verdict::Known(_) => {
                 tracing::info!(task_id = %task_id, "{} is valid; it asked for no run", message.source_name);
-                fleet.acknowledge(&taken.entry).await?;
-                fleet.let_go(&task_id, fence).await?;
-            }
-            Verdict::Rejected(reason) if reason.contains("has completed; its results are in") => {
-                tracing::info!(task_id = %task_id, "{} is acknowledged without a run: {reason}", message.source_name);
                 fleet.acknowledge(&taken.entry).await?;
                 fleet.let_go(&task_id, fence).await?;
             }
