@@ -18,6 +18,15 @@ use crate::job::state::JobState;
 /// Run folders tried before giving up: `train_x`, `train_x-2`, ...
 const RUN_FOLDERS_MAX: u32 = 10_000;
 
+/// The service that takes a file, as its sidecar names it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Taker {
+    /// The machine.
+    pub machine_id: String,
+    /// Identity of the state folder: two services on one machine differ in it.
+    pub installation: String,
+}
+
 /// A text that wants to become a job.
 #[derive(Debug, Clone)]
 pub struct Submission {
@@ -35,6 +44,8 @@ pub struct Submission {
     pub shared: Option<SharedJob>,
     /// Values that came with a message and win over the text.
     pub overlay: Overlay,
+    /// Who takes it, for the sidecar of a watched file.
+    pub taker: Option<Taker>,
 }
 
 impl Submission {
@@ -81,7 +92,7 @@ pub fn decide(
         Err(error) => return reject(journal, submission, hash, explain(&error)),
     };
     if spec.dry_run {
-        let verdict = accepted_json(&spec, &hash, None);
+        let verdict = accepted_json(submission, &spec, &hash, None);
         if submission.keep_verdict {
             journal.record_intake(&entry(submission, hash, true, None, verdict.clone()))?;
         }
@@ -94,7 +105,7 @@ pub fn decide(
         let reason = format!("{}: there are too many folders of this name", spec.run_dir().display());
         return reject(journal, submission, hash, reason);
     };
-    let verdict = accepted_json(&spec, &hash, Some(&run_dir));
+    let verdict = accepted_json(submission, &spec, &hash, Some(&run_dir));
     let job = NewJob {
         source: submission.source.clone(),
         content_sha256: hash.clone(),
@@ -179,8 +190,9 @@ fn explain(error: &SpecError) -> String {
 }
 
 /// What the sidecar of an accepted file says.
-fn accepted_json(spec: &JobSpec, hash: &str, run_dir: Option<&Path>) -> String {
+fn accepted_json(submission: &Submission, spec: &JobSpec, hash: &str, run_dir: Option<&Path>) -> String {
     let verdict = json!({
+        "taken_by": submission.taker,
         "task_id": spec.task_id,
         "accepted_at": rfc3339(now_unix_ms()),
         "content_sha256": hash,
@@ -261,6 +273,7 @@ mod tests {
             again: false,
             shared: None,
             overlay: Overlay::default(),
+            taker: None,
         }
     }
 

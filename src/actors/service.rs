@@ -9,9 +9,10 @@ use actix::{Actor, Addr};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::folder_watcher::{FolderWatcher, IsQuiet};
+use super::intake::Taker;
 use super::keeper::Keeper;
 use super::recovery;
-use super::side_services::{Handles, SideServiceError, SideServices, Surroundings};
+use super::side_services::{self, Handles, SideServiceError, SideServices, Surroundings};
 use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor};
 use super::trainer::TrainerConfig;
 use crate::adapters::gpu::{GpuPort, NoGpus, ProbeProgram};
@@ -236,6 +237,7 @@ impl Service {
                     return Err(ServiceError::Refused { reason });
                 }
                 if once && is_empty(&actors, &keeper).await {
+                    actors.side.leave();
                     actors.side.finish(ONCE_DELIVERY_LIMIT).await;
                     actors.supervisor.do_send(Shutdown);
                     return Ok(ServiceEnd::Empty { all_completed: self.tally.all_completed() });
@@ -261,6 +263,8 @@ impl Service {
         journal.limit_outbox(self.config.outbox.items_max);
         journal.set_dispatcher(self.handles.dispatcher(self.config.clone()));
         recovery::recover(&mut journal, &self.config, &self.state_dir)?;
+        let installation = side_services::installation(&journal)?;
+        let taker = Taker { machine_id: self.config.machine_id.clone(), installation };
         let keeper = Keeper::start(journal)
             .map_err(|source| ServiceError::System { what: "start the journal's thread", source })?;
         let observer: Arc<dyn Observer> = self.tally.clone();
@@ -285,6 +289,7 @@ impl Service {
         let watcher = FolderWatcher::new(
             self.config.clone(),
             context,
+            taker,
             inbox(&self.state_dir),
             keeper.clone(),
             supervisor.clone(),
@@ -317,6 +322,9 @@ impl Service {
                 _ = interrupt.recv() => actors.supervisor.do_send(KillAll),
                 () = tokio::time::sleep(Duration::from_millis(20)) => {}
             }
+        }
+        if !actors.supervisor.connected() {
+            actors.side.leave();
         }
         // The newest checkpoints may go out while there is time; what is left waits in the outbox.
         let left = deadline.saturating_duration_since(Instant::now()).min(limit / 3);

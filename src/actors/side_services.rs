@@ -124,7 +124,7 @@ impl Handles {
 
 /// The identity of the state folder, made at its first use. A restart is the same service, a copy of the configuration with
 /// another state folder is not.
-fn installation(journal: &Journal) -> Result<String, QueueError> {
+pub(super) fn installation(journal: &Journal) -> Result<String, QueueError> {
     if let Some(known) = journal.flag(INSTALLATION_FLAG)? {
         return Ok(known);
     }
@@ -220,16 +220,25 @@ impl SideServices {
         self.consumer.as_ref().and_then(StreamConsumer::fatal)
     }
 
-    /// Takes nothing more from the shared queue.
+    /// Takes nothing more from the shared queue; what runs stays this machine's.
     pub fn stop_taking(&self) {
         if let Some(consumer) = &self.consumer {
-            consumer.finish();
+            consumer.stop_taking();
+        }
+    }
+
+    /// Tells other machines that this one has left. For a service whose trainers have ended.
+    pub fn leave(&self) {
+        if let Some(consumer) = &self.consumer {
+            consumer.leave();
         }
     }
 
     /// Lets the couriers deliver what they can within `limit`, then ends everything. What is left is in the outbox.
     pub async fn finish(&self, limit: Duration) {
-        self.stop_taking();
+        if let Some(consumer) = &self.consumer {
+            consumer.finish();
+        }
         if let Some(reporter) = &self.reporter {
             reporter.finish();
         }

@@ -107,6 +107,7 @@ fn submit(
         again,
         shared: None,
         overlay: Overlay::default(),
+        taker: None,
     };
     let verdict = intake::decide(journal, &submission, &config.spec_context(working_dir))
         .map_err(|error| CliError::failed_from("the journal did not take the job", error))?;

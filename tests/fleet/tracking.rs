@@ -161,6 +161,11 @@ fn failed_and_cancelled_runs_end_as_such_also_over_a_death_of_the_service() {
     park.push(&[("config", &stub_job("mlflow-killed", "steps=100000"))]);
     world.wait_steps("mlflow-killed", 5);
     tracking.wait_run(&world, "mlflow-killed", "RUNNING");
+    // The server knows the run a moment before the journal knows its id. A kill between the two leaves a result that
+    // cannot name the run, and this test is of the kills after it.
+    world.wait("the id in the journal", || {
+        world.record("mlflow-killed").filter(|record| record.notes.contains_key("mlflow_run_id"))
+    });
     world.kill_service();
     let _: () = park.client().set_ex("study:mlflow-killed:cancel", "1", 3600).expect("set");
     world.start();

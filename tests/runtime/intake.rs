@@ -207,3 +207,56 @@ fn once_tells_by_its_exit_code() {
     assert_eq!(world.wait_service().code(), Some(2), "a configuration fault");
     assert!(world.logs().contains("key `wotch`: unknown key; did you mean `watch`?"));
 }
+
+#[test]
+fn services_that_watch_one_folder_take_each_file_once() {
+    let mut first = World::new();
+    let mut second = World::new();
+    second.set("CONFIGS_DIR", first.path("configs"));
+    first.start();
+    second.start();
+    for number in 0..20 {
+        let text = job(&format!("shared-{number}"), "steps=2");
+        // Half of them leave the name to the service that takes them.
+        let text = if number < 10 { text } else { text.replace(&format!("task_id: shared-{number}\n"), "") };
+        first.drop_job(&format!("{number}.yaml"), text);
+    }
+    let ended = |world: &World| {
+        let records = world.records();
+        records.iter().all(|record| record.state.is_terminal()).then_some(records)
+    };
+    let (ours, theirs) = first.wait("every job to end", || {
+        let (ours, theirs) = (ended(&first)?, ended(&second)?);
+        (ours.len() + theirs.len() >= 20).then_some((ours, theirs))
+    });
+    // Another look of both, which finds nothing new.
+    first.drop_job("last.yaml", job("last", "steps=1"));
+    let taken_by = |world: &World| world.record("last").is_some_and(|it| it.state == JobState::Completed);
+    first.wait("the last job", || (taken_by(&first) || taken_by(&second)).then_some(()));
+    first.wait("nothing left claimed", || {
+        let names = std::fs::read_dir(first.path("configs")).expect("reads").flatten();
+        names.into_iter().all(|entry| !entry.file_name().to_string_lossy().ends_with(".claim")).then_some(())
+    });
+    let mut sources: Vec<_> = first.records().into_iter().chain(second.records()).collect();
+    assert_eq!(sources.len(), 21, "{} and {} at first", ours.len(), theirs.len());
+    sources.sort_by(|one, other| one.source.cmp(&other.source));
+    sources.dedup_by(|one, other| one.source == other.source);
+    assert_eq!(sources.len(), 21, "one job for each file");
+
+    let configs = first.path("configs");
+    // An edit belongs to the service that took the file, also when only the other one runs.
+    let (mut owner, mut other) = if taken_by(&first) { (first, second) } else { (second, first) };
+    owner.kill_service();
+    let file = configs.join("last.yaml");
+    std::fs::write(&file, job("last-edited", "steps=1")).expect("writable");
+    other.wait_log("was edited; it belongs to the machine");
+    assert!(other.record("last-edited").is_none());
+    owner.start();
+    owner.wait_state("last-edited", JobState::Completed);
+    // A sidecar that is removed gives the file away.
+    owner.kill_service();
+    std::fs::remove_file(file.with_extension("yaml.accepted.json")).expect("there");
+    std::fs::write(&file, job("last-given", "steps=1")).expect("writable");
+    other.wait_state("last-given", JobState::Completed);
+    other.end_service(libc::SIGTERM);
+}

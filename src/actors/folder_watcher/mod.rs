@@ -5,8 +5,10 @@
 //! stop nothing is lost; when it fails it is rebuilt and reads the folders afresh, and the journal knows what was decided.
 //! Limits: one look at a time; files over 1 MiB are refused; at most [`FILES_MAX`] files in a folder are looked at.
 
+mod claims;
 mod listing;
 mod settled;
+mod taking;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,16 +19,16 @@ use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind, RenameMode};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use super::intake::{self, Submission, Verdict};
+use super::intake::{Taker, Verdict};
 use super::keeper::Keeper;
 use super::stop_files::{self, StopVerdict};
 use super::supervisor::{Notice, Observer, StopJob, Supervisor, Wake};
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::service::ServiceConfig;
-use crate::job::spec::Overlay;
 use crate::job::spec::SpecContext;
 use listing::{Listing, Seen};
 use settled::{Settle, SettleTable};
+use taking::{Taken, take};
 
 /// Files of one folder that are looked at.
 pub const FILES_MAX: usize = 10_000;
@@ -34,13 +36,15 @@ pub const FILES_MAX: usize = 10_000;
 const BATCH_MAX: usize = 64;
 /// How long a file that came to no verdict is left alone.
 const POSTPONE: Duration = Duration::from_secs(1);
-/// A file may be this large; one byte more is read, so that the refusal can be exact.
-const BYTES_MAX: u64 = 1 << 20;
+/// How long another service may decide about a file before this one says so and lets it be.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// See the module.
 pub struct FolderWatcher {
     config: Arc<ServiceConfig>,
     context: Arc<SpecContext>,
+    /// This service, as sidecars and claims name it.
+    taker: Arc<Taker>,
     /// A folder in which any event wakes the supervisor: the command line writes there.
     inbox: PathBuf,
     keeper: Keeper,
@@ -50,6 +54,9 @@ pub struct FolderWatcher {
     table: SettleTable,
     /// Stop files already warned about, with their time.
     warned: HashMap<PathBuf, i64>,
+    /// Files that another service has claimed, and since when.
+    claimed: HashMap<PathBuf, Instant>,
+    told_unclaimable: bool,
     complaint: Option<String>,
     looking: bool,
     look_again: bool,
@@ -63,6 +70,7 @@ impl FolderWatcher {
     pub fn new(
         config: Arc<ServiceConfig>,
         context: Arc<SpecContext>,
+        taker: Taker,
         inbox: PathBuf,
         keeper: Keeper,
         supervisor: Addr<Supervisor>,
@@ -71,6 +79,7 @@ impl FolderWatcher {
         Self {
             config,
             context,
+            taker: Arc::new(taker),
             inbox,
             keeper,
             supervisor,
@@ -78,6 +87,8 @@ impl FolderWatcher {
             events: None,
             table: SettleTable::default(),
             warned: HashMap::new(),
+            claimed: HashMap::new(),
+            told_unclaimable: false,
             complaint: None,
             looking: false,
             look_again: false,
@@ -163,12 +174,12 @@ impl FolderWatcher {
             ready.truncate(BATCH_MAX);
             self.look_again = true;
         }
-        let (keeper, context) = (self.keeper.clone(), self.context.clone());
+        let (keeper, context, taker) = (self.keeper.clone(), self.context.clone(), self.taker.clone());
         let honour_stale = self.config.stop_honour_stale;
         let work = async move {
             let mut decided = Vec::new();
             for (path, seen) in ready {
-                let verdict = take(&keeper, &context, &path, seen).await;
+                let verdict = take(&keeper, &context, &taker, &path, seen).await;
                 decided.push((path, seen, verdict));
             }
             let mut judged = Vec::new();
@@ -201,14 +212,33 @@ impl FolderWatcher {
     }
 
     /// Reports what became of a file.
-    fn tell(&mut self, path: &Path, seen: Seen, verdict: Result<Taken, QueueError>) {
+    fn tell(
+        &mut self,
+        path: &Path,
+        seen: Seen,
+        verdict: Result<(Taken, Option<std::io::Error>), QueueError>,
+    ) {
         let name = path.display();
+        let verdict = verdict.map(|(taken, unclaimable)| {
+            if let Some(error) = unclaimable {
+                self.tell_unclaimable(path, &error);
+            }
+            taken
+        });
         match verdict {
             Ok(Taken::Moved) => return self.table.postpone(path, Instant::now() + POSTPONE),
             Ok(Taken::Unreadable(error)) => {
                 self.complain(format!("{name} cannot be read: {error}"));
                 return self.table.postpone(path, Instant::now() + POSTPONE);
             }
+            Ok(Taken::Elsewhere { machine_id, edited: true }) => tracing::warn!(
+                "{name} was edited; it belongs to the machine {machine_id}, which took it before. To run it here, remove \
+                 {name}.accepted.json and write the file again"
+            ),
+            Ok(Taken::Elsewhere { machine_id, .. }) => {
+                tracing::info!("{name} is a job of the machine {machine_id}, which watches this folder too");
+            }
+            Ok(Taken::Claimed { machine_id }) => return self.wait_for(path, seen, &machine_id),
             Ok(Taken::Decided(Verdict::Accepted(record))) => {
                 super::supervisor::prepare_log(&record);
                 tracing::info!(task_id = %record.task_id, "{name} is accepted");
@@ -236,7 +266,37 @@ impl FolderWatcher {
                 return self.table.postpone(path, Instant::now() + POSTPONE);
             }
         }
+        self.claimed.remove(path);
         self.table.decided(path, seen);
+    }
+
+    /// Leaves a file to the service that is deciding about it.
+    fn wait_for(&mut self, path: &Path, seen: Seen, machine_id: &str) {
+        let since = *self.claimed.entry(path.to_owned()).or_insert_with(Instant::now);
+        if since.elapsed() < CLAIM_PATIENCE {
+            return self.table.postpone(path, Instant::now() + POSTPONE);
+        }
+        let claim = claims::claim_path(path);
+        tracing::warn!(
+            "{} is claimed by the machine {machine_id}, which has not decided for {} s. It will when it is back; if it never \
+             comes, remove {} and write the file again",
+            path.display(),
+            CLAIM_PATIENCE.as_secs(),
+            claim.display()
+        );
+        self.claimed.remove(path);
+        self.table.decided(path, seen);
+    }
+
+    /// Says once that files of this folder cannot be claimed.
+    fn tell_unclaimable(&mut self, path: &Path, error: &std::io::Error) {
+        if !std::mem::replace(&mut self.told_unclaimable, true) {
+            tracing::warn!(
+                "{} and others beside it cannot be claimed ({error}): another service that watches this folder would run \
+                 them too",
+                path.display()
+            );
+        }
     }
 
     fn obey(
@@ -276,84 +336,6 @@ impl FolderWatcher {
             (StopVerdict::Stop, None) => unreachable!("only a known job is stopped"),
         }
     }
-}
-
-/// A file that was read.
-enum Taken {
-    /// It changed while it was read; a later look takes it.
-    Moved,
-    /// The system does not let us read it.
-    Unreadable(std::io::Error),
-    /// It has a verdict.
-    Decided(Verdict),
-}
-
-/// Reads a settled file, decides, and writes the sidecar.
-async fn take(
-    keeper: &Keeper,
-    context: &Arc<SpecContext>,
-    path: &Path,
-    seen: Seen,
-) -> Result<Taken, QueueError> {
-    let submission = {
-        let path = path.to_owned();
-        match tokio::task::spawn_blocking(move || read(&path, seen)).await {
-            Ok(Ok(Some(submission))) => submission,
-            Ok(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Ok(Taken::Unreadable(error));
-            }
-            _ => return Ok(Taken::Moved),
-        }
-    };
-    let context = context.clone();
-    let verdict = keeper.with(move |journal| intake::decide(journal, &submission, &context)).await?;
-    let (path, text) = (path.to_owned(), sidecar_text(keeper, &verdict, path).await?);
-    if let Some((accepted, text)) = text {
-        let shown = path.display().to_string();
-        let written =
-            tokio::task::spawn_blocking(move || intake::write_sidecar(&path, accepted, &text)).await;
-        if let Ok(Err(error)) = written {
-            tracing::warn!(%error, "cannot write the verdict beside {shown}; the journal has it");
-        }
-    }
-    Ok(Taken::Decided(verdict))
-}
-
-/// What the sidecar says, and whether it is an acceptance.
-async fn sidecar_text(
-    keeper: &Keeper,
-    verdict: &Verdict,
-    path: &Path,
-) -> Result<Option<(bool, String)>, QueueError> {
-    Ok(match verdict {
-        Verdict::Accepted(record) => {
-            let (source, hash) = (record.source.clone(), record.content_sha256.clone());
-            let entry = keeper.with(move |journal| journal.intake(&source, &hash)).await?;
-            debug_assert!(entry.is_some(), "an accepted file has its verdict: {}", path.display());
-            entry.map(|entry| (true, entry.verdict))
-        }
-        Verdict::DryRun(text) => Some((true, text.clone())),
-        Verdict::Known(entry) => Some((entry.accepted, entry.verdict.clone())),
-        Verdict::Rejected(reason) => Some((false, reason.clone())),
-    })
-}
-
-/// Reads a file; `None` when it is no longer as it was seen.
-fn read(path: &Path, seen: Seen) -> std::io::Result<Option<Submission>> {
-    use std::io::Read;
-    let file = std::fs::File::open(path)?;
-    let mut bytes = Vec::new();
-    file.take(BYTES_MAX + 1).read_to_end(&mut bytes)?;
-    let same = listing::seen(path)? == seen;
-    Ok(same.then(|| Submission {
-        source: path.to_string_lossy().into_owned(),
-        bytes,
-        modified_unix_ms: seen.modified_unix_ms,
-        keep_verdict: true,
-        again: false,
-        shared: None,
-        overlay: Overlay::default(),
-    }))
 }
 
 type Judged = (Option<crate::job::ids::TaskId>, StopVerdict);

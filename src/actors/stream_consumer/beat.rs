@@ -144,13 +144,18 @@ impl Consumer {
         Ok(())
     }
 
-    async fn claim_gpus(&self, slots: &[SlotRecord]) -> Result<Vec<(String, Option<String>)>, Trouble> {
+    async fn claim_gpus(&mut self, slots: &[SlotRecord]) -> Result<Vec<(String, Option<String>)>, Trouble> {
         let mut owners = Vec::new();
         for uuid in slots.iter().filter_map(|slot| slot.uuid.clone()) {
             let owner = match self.parts.fleet.own_gpu(&uuid).await? {
                 GpuOwner::Mine => None,
                 GpuOwner::HeldBy(machine) => Some(machine),
             };
+            if owner.is_none() {
+                self.gpus.insert(uuid.clone());
+            } else {
+                self.gpus.remove(&uuid);
+            }
             owners.push((uuid, owner));
         }
         Ok(owners)

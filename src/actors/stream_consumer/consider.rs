@@ -299,6 +299,7 @@ impl Consumer {
             keep_verdict: false,
             again: false,
             shared: Some(shared),
+            taker: None,
         };
         let context = self.parts.context.clone();
         let verdict = self.keep(move |journal| intake::decide(journal, &submission, &context)).await?;

@@ -12,7 +12,7 @@ mod beat;
 mod consider;
 mod files;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +41,8 @@ const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Pause after the journal refused.
 const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
+/// How long a goodbye may take.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 /// Between two lines in the log about the same outage.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -71,6 +73,10 @@ pub struct StreamConsumer {
 #[derive(Default)]
 struct Shared {
     must_end: AtomicBool,
+    /// Takes nothing more; what runs is still its own.
+    is_leaving: AtomicBool,
+    /// Nothing of this service runs any more, and nothing will: it says goodbye before it ends.
+    has_left: AtomicBool,
     /// Nothing was there to take at the last look, or Redis is away.
     is_quiet: AtomicBool,
     /// Why the service must not go on.
@@ -101,10 +107,14 @@ impl StreamConsumer {
             later: Vec::new(),
             unreadable: HashMap::new(),
             passed: HashMap::new(),
+            gpus: BTreeSet::new(),
         };
-        let thread = std::thread::Builder::new()
-            .name("stream-consumer".into())
-            .spawn(move || runtime.block_on(consumer.run()))?;
+        let thread = std::thread::Builder::new().name("stream-consumer".into()).spawn(move || {
+            runtime.block_on(async {
+                consumer.run().await;
+                consumer.say_goodbye().await;
+            });
+        })?;
         Ok(Self { nudge, shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -121,6 +131,20 @@ impl StreamConsumer {
     /// Why the service must not go on, if so: another one uses its name.
     pub fn fatal(&self) -> Option<String> {
         self.shared.fatal.lock().ok().and_then(|text| text.clone())
+    }
+
+    /// Takes nothing more. Signs of life and leases go on until [`StreamConsumer::finish`]: trainers may take a while to
+    /// save, and nobody else must begin their jobs meanwhile.
+    pub fn stop_taking(&self) {
+        self.shared.is_leaving.store(true, Ordering::SeqCst);
+        self.nudge.notify_one();
+    }
+
+    /// Ends as [`StreamConsumer::finish`] does, and first gives up its GPUs and takes back its sign of life. For a service
+    /// whose trainers have ended.
+    pub fn leave(&self) {
+        self.shared.has_left.store(true, Ordering::SeqCst);
+        self.finish();
     }
 
     /// Takes nothing more and ends.
@@ -161,6 +185,8 @@ struct Consumer {
     unreadable: HashMap<(String, String), u32>,
     /// Entries that this machine cannot run and gave back, and until when it leaves them alone.
     passed: HashMap<(String, String), Instant>,
+    /// GPUs that this machine owns in Redis.
+    gpus: BTreeSet<String>,
 }
 
 /// The consumer cannot go on as it is.
@@ -209,6 +235,29 @@ impl Consumer {
                     let _ = tokio::time::timeout(pause, self.ending()).await;
                 }
             }
+        }
+    }
+
+    /// Gives up what others would otherwise wait a lease for, where the service left in an orderly way. Leases of jobs
+    /// stay: the next start of this machine has the newest checkpoints.
+    async fn say_goodbye(&mut self) {
+        // The supervisor goes a moment before the service says that it has left.
+        let told = tokio::time::timeout(GOODBYE_LIMIT, self.ending());
+        if told.await.is_err() || !self.shared.has_left.load(Ordering::SeqCst) || self.is_intruded.is_some() {
+            return;
+        }
+        let fleet = self.parts.fleet.clone();
+        let goodbye = async {
+            for uuid in std::mem::take(&mut self.gpus) {
+                fleet.free_gpu(&uuid).await?;
+            }
+            fleet.leave().await
+        };
+        match tokio::time::timeout(GOODBYE_LIMIT, goodbye).await {
+            Ok(Ok(())) => {}
+            // Others wait for the rest of the lease.
+            Ok(Err(error)) => tracing::debug!("no goodbye: {}", error.chain()),
+            Err(_) => tracing::debug!("no goodbye: Redis is too slow"),
         }
     }
 
@@ -279,7 +328,8 @@ impl Consumer {
 
     /// Jobs that could be taken now.
     async fn room(&self, standing: &Standing) -> Result<usize, Trouble> {
-        if standing.is_closing || self.is_intruded.is_some() || self.later.len() >= LATER_MAX {
+        let is_leaving = standing.is_closing || self.shared.is_leaving.load(Ordering::SeqCst);
+        if is_leaving || self.is_intruded.is_some() || self.later.len() >= LATER_MAX {
             return Ok(0);
         }
         let wanted = standing.free + self.parts.config.redis.prefetch;
