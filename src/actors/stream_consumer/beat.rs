@@ -1,6 +1,6 @@
 //! Heartbeats: this machine lives, these jobs and GPUs are its own, those it was asked to cancel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -9,6 +9,7 @@ use super::{COMPLAINT_INTERVAL, Consumer, PENDING_MAX, Trouble};
 use crate::actors::supervisor::{FleetHeard, ShutFleet, Standing, StopJob, Surrender};
 use crate::adapters::queue::redis::{Announced, GpuOwner, Renewed, SlotReport, Warning};
 use crate::job::clock::{now_unix_ms, rfc3339};
+use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::slot::SlotRecord;
 use crate::job::state::JobState;
@@ -26,6 +27,10 @@ impl Consumer {
         let standing = self.standing().await?;
         self.next_beat = Instant::now() + self.beat_interval();
         let beaten = self.beat(&standing).await;
+        if self.down_since.is_some() {
+            // Results that waited need not wait for the end of a back-off.
+            self.parts.redis_back.notify_one();
+        }
         groups?;
         beaten?;
         if self.down_since.is_some() {
@@ -73,8 +78,8 @@ impl Consumer {
     /// One heartbeat.
     pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
         self.announce(standing).await?;
-        let active = self.parts.keeper.with(|journal| journal.active_shared()).await?;
-        self.renew(&active).await?;
+        let held = self.parts.keeper.with(|journal| journal.held_shared()).await?;
+        self.renew(&held).await?;
         let gpus = self.claim_gpus(&standing.slots).await?;
         if self.is_intruded.is_none() {
             self.parts.supervisor.send(FleetHeard { gpus }).await.map_err(|_| Trouble::Gone)?;
@@ -118,20 +123,36 @@ impl Consumer {
         Ok(())
     }
 
-    /// Renews the leases and entries of this machine's shared jobs, and lets go of those that another machine has.
-    async fn renew(&mut self, active: &[JobRecord]) -> Result<(), Trouble> {
+    /// Renews the leases and entries of this machine's shared jobs, also of those that have ended and whose result is not out,
+    /// and lets go of those that another machine has.
+    async fn renew(&mut self, held: &[JobRecord]) -> Result<(), Trouble> {
         let fleet = self.parts.fleet.clone();
         let lease_ms = self.parts.config.redis.lease_ms();
         let mut entries: Vec<_> = self.later.iter().map(|taken| taken.entry.clone()).collect();
-        for record in active {
+        let mut newest: HashMap<&TaskId, i64> = HashMap::new();
+        for record in held {
+            let seq = newest.entry(&record.task_id).or_default();
+            *seq = record.seq.max(*seq);
+        }
+        for record in held {
+            if newest.get(&record.task_id).is_some_and(|seq| *seq > record.seq) {
+                // The lease is that of a later submission by now.
+                entries.extend(record.entry.clone());
+                continue;
+            }
             let (attempts, fence) = (record.attempts_all(), record.fence);
             match fleet.renew(&record.task_id, &record.instance, fence, attempts, lease_ms).await? {
-                Renewed::Mine => entries.extend(record.entry.clone()),
+                Renewed::Mine => {
+                    entries.extend(record.entry.clone());
+                    self.release_if_told(record).await?;
+                }
                 // A later start of this very machine: the journal has the older number.
                 Renewed::Lost { owner, fence } if owner == fleet.machine_id() && fence > record.fence => {
                     let seq = record.seq;
                     self.parts.keeper.with(move |journal| journal.set_fence(seq, fence)).await?;
                 }
+                // Nothing runs here; its result is told or fenced by its number.
+                Renewed::Lost { .. } if record.state.is_terminal() => {}
                 Renewed::Lost { owner, .. } => {
                     let message = Surrender { seq: record.seq, owner };
                     self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)?;
@@ -141,6 +162,18 @@ impl Consumer {
         // Entries that are gone from the queue do not matter to a job that is in the journal.
         let gone = fleet.renew_entries(&entries).await?;
         self.later.retain(|taken| !gone.contains(&taken.entry));
+        Ok(())
+    }
+
+    /// The result may have gone out, and the lease with it, between the look into the journal and the renewal.
+    async fn release_if_told(&self, record: &JobRecord) -> Result<(), Trouble> {
+        if !record.state.is_terminal() {
+            return Ok(());
+        }
+        let instance = record.instance.clone();
+        if !self.parts.keeper.with(move |journal| journal.is_result_waiting(&instance)).await? {
+            self.parts.fleet.let_go(&record.task_id, record.fence).await?;
+        }
         Ok(())
     }
 
