@@ -140,7 +140,7 @@ impl Journal {
     }
 
     /// The connection for a change that must be on the disk, or one that need not.
-    fn writer(&mut self, is_durable: bool) -> &mut Connection {
+    pub(super) fn writer(&mut self, is_durable: bool) -> &mut Connection {
         match &mut self.soft {
             Some(soft) if !is_durable => soft,
             _ => &mut self.connection,
@@ -173,7 +173,10 @@ impl Journal {
     }
 }
 
-fn begin<'a>(connection: &'a mut Connection, what: &'static str) -> Result<Transaction<'a>, QueueError> {
+pub(super) fn begin<'a>(
+    connection: &'a mut Connection,
+    what: &'static str,
+) -> Result<Transaction<'a>, QueueError> {
     connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(sql(what))
 }
 

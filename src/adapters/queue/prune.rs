@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use rusqlite::params;
 
 use super::QueueError;
-use super::journal::{Journal, sql};
+use super::journal::{Journal, begin, sql};
 
 /// Jobs, or verdicts, of one call.
 pub const ROWS_MAX: usize = 200;
@@ -31,10 +31,11 @@ impl Journal {
     /// # Errors
     /// When they cannot be removed; none is then.
     pub fn prune_jobs(&mut self, before_unix_ms: i64) -> Result<usize, QueueError> {
-        let failed = sql("forget old jobs");
-        let transaction = self.quick().unchecked_transaction().map_err(&failed)?;
+        let what = "forget old jobs";
+        let failed = sql(what);
+        let transaction = begin(self.writer(false), what)?;
         let old: Vec<i64> = {
-            let text = "SELECT seq FROM jobs WHERE finished < ?1 \
+            let text = "SELECT seq FROM jobs INDEXED BY jobs_by_end WHERE finished < ?1 \
                  AND state IN ('completed', 'failed', 'cancelled', 'moved') \
                  AND NOT EXISTS (SELECT 1 FROM outbox WHERE outbox.instance = jobs.instance) \
                  ORDER BY finished LIMIT ?2";
@@ -79,8 +80,9 @@ impl Journal {
     /// # Errors
     /// When they cannot be removed; none is then.
     pub fn prune_verdicts(&mut self, ids: &[i64]) -> Result<(), QueueError> {
-        let failed = sql("forget old verdicts");
-        let transaction = self.quick().unchecked_transaction().map_err(&failed)?;
+        let what = "forget old verdicts";
+        let failed = sql(what);
+        let transaction = begin(self.writer(false), what)?;
         for id in ids {
             transaction
                 .prepare_cached("DELETE FROM intake WHERE rowid = ?1")

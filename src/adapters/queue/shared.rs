@@ -21,7 +21,8 @@ impl Journal {
         // The key of a result is `result:` and the instance; the two bounds let the index find them.
         let text = format!(
             "SELECT {columns} FROM jobs WHERE entry IS NOT NULL AND seq IN ( \
-             SELECT seq FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
+             SELECT seq FROM jobs INDEXED BY active_jobs \
+             WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
              UNION ALL SELECT jobs.seq FROM outbox JOIN jobs ON jobs.instance = substr(outbox.key, 8) \
              WHERE outbox.sink = 'redis' AND outbox.key >= 'result:' AND outbox.key < 'result;' \
              AND jobs.state IN ('completed', 'failed', 'cancelled')) \
