@@ -6,6 +6,7 @@
 
 mod clients;
 mod faults;
+mod held;
 mod machines;
 mod network;
 mod park;

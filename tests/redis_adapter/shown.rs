@@ -122,7 +122,7 @@ async fn machines_and_slots_are_listed_and_lost() {
         panic!("two services with one name");
     };
     assert_eq!((incarnation.as_str(), since_unix_ms.to_string()), ("1", since));
-    second.leave().await.expect("nothing to take back");
+    second.leave(&[]).await.expect("nothing to take back");
     assert!(!second.succeed("0").await.expect("another one"));
     assert_eq!(get::<i64>(&server, &["EXISTS", "machine:a"]), 1);
 
