@@ -143,6 +143,34 @@ fn what_waits_on_a_drained_machine_is_given_back() {
 }
 
 #[test]
+fn a_job_whose_gpu_is_out_of_use_goes_to_another_machine() {
+    let Some(park) = Park::with_store() else { return };
+    let (mut broken, mut sound) = (park.machine("broken"), park.machine("sound"));
+    for (world, number) in [(&broken, 0), (&sound, 1)] {
+        let gpu =
+            format!(r#"{{"number":{number},"uuid":"GPU-{number}","name":"T","memory_bytes":8589934592}}"#);
+        world.write("gpus.json", format!(r#"{{"gpus":[{gpu}],"obstacle":null}}"#));
+    }
+    broken.start();
+    broken.wait_slot("GPU 0", "free");
+    broken.write("gpu_faults", "GPU-0\n");
+    park.push(&[("config", &stub_job("a", "steps=3,gpu_fail=0"))]);
+    broken.wait_slot("GPU 0", "quarantined");
+    let record = broken.wait_state("a", JobState::Moved);
+    assert_eq!(record.reason, "given back to the queue: no slot here can take it for now");
+    sound.start();
+    let result = park.wait_result(&sound, "a");
+    assert_eq!(
+        (result["status"].as_str(), result["machine_id"].as_str()),
+        (Some("completed"), Some("sound"))
+    );
+    assert_eq!(result["attempt"].as_i64(), Some(2), "{result}");
+    for world in [&mut broken, &mut sound] {
+        world.end_service(libc::SIGTERM);
+    }
+}
+
+#[test]
 fn a_service_keeps_its_jobs_while_it_ends_and_leaves_nothing_behind() {
     let Some(mut park) = Park::new() else { return };
     // Three leases long.

@@ -221,3 +221,18 @@ async fn dangerous_settings_are_told() {
         "{warnings:?}"
     );
 }
+
+#[tokio::test]
+async fn machines_are_forgotten_when_nothing_of_theirs_is_left() {
+    let Some(server) = RedisServer::start() else { return };
+    // Long ago, and one of them had taken something from a list.
+    get::<i64>(&server, &["ZADD", "machines", "1", "gone", "2", "holds"]);
+    get::<i64>(&server, &["RPUSH", "evaluate:processing:holds", "1"]);
+    let a = fleet(&server, "a");
+    a.ensure_groups().await.expect("made");
+    assert_eq!(a.announce(&[]).await.expect("alive"), Announced::Mine);
+    assert_eq!(get::<Vec<String>>(&server, &["ZRANGE", "machines", "0", "-1"]), ["holds", "a"]);
+    assert_eq!(a.steal(0, 5).await.expect("returned").returned, 1);
+    assert_eq!(a.announce(&[]).await.expect("alive"), Announced::Mine);
+    assert_eq!(get::<Vec<String>>(&server, &["ZRANGE", "machines", "0", "-1"]), ["a"]);
+}

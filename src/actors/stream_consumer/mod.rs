@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use actix::Addr;
+use serde_json::json;
 use tokio::sync::Notify;
 
 use super::keeper::Keeper;
@@ -434,31 +435,36 @@ impl Consumer {
         // Whatever it was, groups and pending entries are looked at afresh.
         let was_up = std::mem::replace(&mut self.is_connected, false);
         self.failures = self.failures.saturating_add(1);
+        // A group that is gone is made again in the next round; that is no outage.
+        if !error.is_no_group() {
+            self.note_outage(error, was_up).await;
+        }
+        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10));
+        let doubled = doubled.min(PAUSE_MAX).min(self.beat_interval() / 2);
+        // Machines must not come back in step.
+        doubled + doubled.mul_f64((uuid::Uuid::new_v4().as_u128() % 256) as f64 / 1024.0)
+    }
+
+    /// Says and notes that the server does not work, when it is news and once a minute.
+    async fn note_outage(&mut self, error: &FleetError, was_up: bool) {
         let is_news = self.down_since.is_none();
         let since = *self.down_since.get_or_insert_with(Instant::now);
         let is_due = self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL);
         if is_due {
             self.complained = Some(Instant::now());
             let address = self.parts.fleet.address();
-            // A group that is gone is made again in the next round; that is no outage.
-            if !error.is_no_group() {
-                let outage = human_ms(since.elapsed().as_millis() as i64);
-                let lasting = if is_news { String::new() } else { format!(" (for {outage} by now)") };
-                tracing::warn!("the shared queue on {address} does not work{lasting}: {}", error.chain());
-            }
+            let outage = human_ms(since.elapsed().as_millis() as i64);
+            let lasting = if is_news { String::new() } else { format!(" (for {outage} by now)") };
+            tracing::warn!("the shared queue on {address} does not work{lasting}: {}", error.chain());
         }
         // A server that answers and then refuses was noted as up in between.
         if is_due || was_up {
-            let state = serde_json::json!({
+            let state = json!({
                 "state": "down", "since": rfc3339(now_unix_ms() - since.elapsed().as_millis() as i64),
                 "error": error.chain(),
             });
             self.note(state).await;
         }
-        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10));
-        let doubled = doubled.min(PAUSE_MAX).min(self.beat_interval() / 2);
-        // Machines must not come back in step.
-        doubled + doubled.mul_f64((uuid::Uuid::new_v4().as_u128() % 256) as f64 / 1024.0)
     }
 
     async fn note(&self, state: serde_json::Value) {
