@@ -192,14 +192,14 @@ fn a_service_keeps_its_jobs_while_it_ends_and_leaves_nothing_behind() {
 fn hundreds_of_jobs_taken_ahead_keep_their_leases() {
     let Some(park) = Park::new() else { return };
     let mut hoarder = park.machine("hoarder");
-    set_prefetch(&hoarder, 400);
+    set_prefetch(&hoarder, 150);
     hoarder.start();
     park.push(&[("config", &stub_job("first", "steps=100000"))]);
     hoarder.wait_state("first", JobState::Running);
-    for number in 0..400 {
+    for number in 0..150 {
         park.push(&[("config", &stub_job(&format!("ahead-{number}"), "steps=1"))]);
     }
-    hoarder.wait("all taken ahead", || (hoarder.records().len() == 401).then_some(()));
+    hoarder.wait("all taken ahead", || (hoarder.records().len() == 151).then_some(()));
     let mut other = park.machine("other");
     other.start();
     other.wait_log("takes jobs from");
@@ -210,7 +210,7 @@ fn hundreds_of_jobs_taken_ahead_keep_their_leases() {
         assert!(taken.is_empty(), "{} was taken", taken[0].task_id);
         (begun.elapsed().as_millis() as u64 > 6 * 3 * crate::park::BEAT_MS).then_some(())
     });
-    let gone = (0..400).filter(|number| {
+    let gone = (0..150).filter(|number| {
         let exists: bool = park.client().exists(format!("lease:ahead-{number}")).expect("reads");
         !exists
     });
