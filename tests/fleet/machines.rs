@@ -156,6 +156,8 @@ fn three_services_that_see_one_gpu_have_one_owner() {
             world.end_service(libc::SIGTERM);
         }
     }
+    // Who ends in an orderly way holds nothing any more.
+    assert_eq!(park.client().exists("gpu:GPU-shared"), Ok(false));
 }
 
 #[test]

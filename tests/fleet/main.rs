@@ -7,6 +7,7 @@
 mod clients;
 mod endings;
 mod faults;
+mod held;
 mod machines;
 mod network;
 mod park;

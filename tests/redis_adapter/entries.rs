@@ -174,9 +174,12 @@ async fn entries_are_handed_over_and_released() {
     }
     let element = &held[0].entry;
     assert!(a.release(element).await.expect("released"));
-    assert_eq!(get::<Vec<String>>(&server, &["LRANGE", "recreate", "0", "-1"]), ["1", "2"]);
+    assert_eq!(get::<Vec<String>>(&server, &["LRANGE", "recreate", "0", "-1"]), ["2", "1"], "others first");
     assert!(!a.release(element).await.expect("not held"));
-    while a.take(1, 0).await.expect("taken").is_empty() {}
+    let mut count = 0;
+    while count < 2 {
+        count += a.take(2, 0).await.expect("taken").len();
+    }
     assert!(a.hand_over(element, "b").await.expect("given"));
     assert_eq!(b.own_pending(10).await.expect("found").len(), 1);
 }
@@ -192,7 +195,7 @@ async fn elements_of_dead_machines_go_back_to_the_head_in_order() {
         taken += a.take(2 - taken, 0).await.expect("taken").len();
     }
     assert_eq!(b.steal(0, 10).await.expect("alive"), Stolen::default());
-    a.leave().await.expect("left");
+    a.leave(&[]).await.expect("left");
     assert_eq!(b.steal(0, 10).await.expect("dead"), Stolen { entries: Vec::new(), returned: 2 });
     assert_eq!(get::<Vec<String>>(&server, &["LRANGE", TOPIC, "0", "-1"]), ["1", "2", "3"]);
     assert_eq!(b.steal(0, 10).await.expect("nothing"), Stolen::default());
@@ -233,4 +236,58 @@ async fn poison_is_buried_with_its_reason() {
     assert_eq!(fields["machine_id"], "a");
     assert!(fields["buried_unix_ms"].parse::<i64>().expect("a time") > 1_700_000_000_000);
     assert_eq!((pending(&server, "a"), get::<usize>(&server, &["XLEN", TOPIC])), (0, 0));
+}
+
+#[tokio::test]
+async fn what_is_pending_is_counted_once_a_start() {
+    let Some(server) = RedisServer::start() else { return };
+    let a = ready(&server, "a").await;
+    push(&server, "x", &[]);
+    assert_eq!(a.take(1, 0).await.expect("taken")[0].deliveries, 1);
+    let again = fleet(&server, "a");
+    for _ in 0..60 {
+        // Reconnecting is no fault of the entry.
+        assert_eq!(again.own_pending(10).await.expect("found")[0].deliveries, 2);
+    }
+    assert_eq!(fleet(&server, "a").own_pending(10).await.expect("found")[0].deliveries, 3);
+}
+
+#[tokio::test]
+async fn elements_that_others_put_back_are_held_again() {
+    let Some(server) = RedisServer::start() else { return };
+    let (a, b) = (fleet(&server, "a"), fleet(&server, "b"));
+    b.ensure_groups().await.expect("made");
+    get::<i64>(&server, &["RPUSH", TOPIC, "1", "2", "3"]);
+    assert_eq!(a.announce(&[]).await.expect("alive"), Announced::Mine);
+    let mut held = Vec::new();
+    while held.len() < 3 {
+        held.extend(a.take(3 - held.len(), 0).await.expect("taken").into_iter().map(|taken| taken.entry));
+    }
+    a.leave(&[]).await.expect("left");
+    // No more than there is room for.
+    assert_eq!(b.steal(0, 2).await.expect("dead").returned, 2);
+    let mut theirs = b.take(1, 0).await.expect("taken");
+    while theirs.is_empty() {
+        theirs = b.take(1, 0).await.expect("taken");
+    }
+    let (theirs, ours): (Vec<_>, Vec<_>) = held.into_iter().partition(|entry| *entry == theirs[0].entry);
+    assert_eq!(a.renew_entries(&ours).await.expect("asked").len(), 1, "put back, not asked for");
+    a.hold_entries(&[ours.clone(), theirs].concat()).await.expect("held");
+    assert_eq!(a.renew_entries(&ours).await.expect("asked"), []);
+    let at = |name: &str| get::<Vec<String>>(&server, &["LRANGE", name, "0", "-1"]);
+    assert_eq!((at(TOPIC).len(), at(&format!("{TOPIC}:processing:b")).len()), (0, 1), "theirs stays theirs");
+}
+
+#[tokio::test]
+async fn lists_that_are_left_alone_wake_nobody() {
+    let Some(server) = RedisServer::start() else { return };
+    let fleet = fleet(&server, "a");
+    get::<i64>(&server, &["RPUSH", TOPIC, "1"]);
+    assert!(fleet.wait_for_work(1_000).await.expect("asked"));
+    assert!(!fleet.wait_for_work_except(50, &[TOPIC]).await.expect("asked"));
+    for _ in 0..2 {
+        assert!(fleet.take_except(1, 0, &[TOPIC]).await.expect("asked").is_empty());
+    }
+    get::<i64>(&server, &["RPUSH", "evaluate", "2"]);
+    assert!(fleet.wait_for_work_except(1_000, &[TOPIC]).await.expect("asked"));
 }

@@ -309,7 +309,7 @@ async fn a_cluster_does_all_of_it() {
         held.extend(a.take(2, 0).await.expect("taken"));
     }
     assert!(a.bury(&held[0].entry, &held[0].fields, "why").await.expect("buried"));
-    a.leave().await.expect("left");
+    a.leave(&[]).await.expect("left");
     assert_eq!(b.steal(0, 5).await.expect("returned").returned, 1);
 }
 

@@ -122,7 +122,7 @@ async fn machines_and_slots_are_listed_and_lost() {
         panic!("two services with one name");
     };
     assert_eq!((incarnation.as_str(), since_unix_ms.to_string()), ("1", since));
-    second.leave().await.expect("nothing to take back");
+    second.leave(&[]).await.expect("nothing to take back");
     assert!(!second.succeed("0").await.expect("another one"));
     assert_eq!(get::<i64>(&server, &["EXISTS", "machine:a"]), 1);
 
@@ -220,4 +220,19 @@ async fn dangerous_settings_are_told() {
         warnings[0].contains("maxmemory-policy noeviction") && warnings[0].contains("104857600"),
         "{warnings:?}"
     );
+}
+
+#[tokio::test]
+async fn machines_are_forgotten_when_nothing_of_theirs_is_left() {
+    let Some(server) = RedisServer::start() else { return };
+    // Long ago, and one of them had taken something from a list.
+    get::<i64>(&server, &["ZADD", "machines", "1", "gone", "2", "holds"]);
+    get::<i64>(&server, &["RPUSH", "evaluate:processing:holds", "1"]);
+    let a = fleet(&server, "a");
+    a.ensure_groups().await.expect("made");
+    assert_eq!(a.announce(&[]).await.expect("alive"), Announced::Mine);
+    assert_eq!(get::<Vec<String>>(&server, &["ZRANGE", "machines", "0", "-1"]), ["holds", "a"]);
+    assert_eq!(a.steal(0, 5).await.expect("returned").returned, 1);
+    assert_eq!(a.announce(&[]).await.expect("alive"), Announced::Mine);
+    assert_eq!(get::<Vec<String>>(&server, &["ZRANGE", "machines", "0", "-1"]), ["a"]);
 }

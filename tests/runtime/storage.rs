@@ -1,29 +1,8 @@
 //! Full disks and folders that cannot be written.
 
-use std::path::Path;
-use std::process::Command;
-
 use boxwright::job::state::{FailureClass, JobState};
 
-use crate::world::{World, job};
-
-/// A file system of its own, gone at the end of the test.
-struct Mount<'a>(&'a Path);
-
-impl<'a> Mount<'a> {
-    /// `None` where this user may not mount.
-    fn tmpfs(path: &'a Path, options: &str) -> Option<Self> {
-        std::fs::create_dir_all(path).expect("writable");
-        let done = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).output();
-        done.is_ok_and(|done| done.status.success()).then_some(Self(path))
-    }
-}
-
-impl Drop for Mount<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
+use crate::world::{Mount, World, fill, job};
 
 /// Says loudly that a test needs rights that this user lacks.
 fn skip(test: &str) {
@@ -94,18 +73,13 @@ fn a_full_disk_under_the_journal_loses_nothing() {
     world.start();
     world.drop_job("a.yaml", job("a", "steps=60,pause=0.05"));
     world.wait_steps("a", 2);
-    // Full, down to the last block.
-    let mut filler = std::fs::File::create(state.join("filler")).expect("writable");
-    for bytes in [64 << 10, 4096, 512] {
-        while std::io::Write::write_all(&mut filler, &vec![0u8; bytes]).is_ok() {}
-    }
+    let filler = fill(&state);
     world.drop_job("b.yaml", job("b", "steps=2"));
     world.wait("the trainer to finish all the same", || {
         (!world.stub("a", "complete").is_empty()).then_some(())
     });
     world.wait_log("could not");
-    drop(filler);
-    std::fs::remove_file(state.join("filler")).expect("is there");
+    std::fs::remove_file(filler).expect("is there");
     let record = world.wait_state("a", JobState::Completed);
     assert_eq!(record.attempts, 1, "the end was written down when there was room");
     world.wait_state("b", JobState::Completed);

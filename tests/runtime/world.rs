@@ -25,6 +25,34 @@ pub struct World {
     launcher: Vec<String>,
 }
 
+/// A file system of its own, gone at the end of the test.
+pub struct Mount<'a>(&'a Path);
+
+impl<'a> Mount<'a> {
+    /// `None` where this user may not mount.
+    pub fn tmpfs(path: &'a Path, options: &str) -> Option<Self> {
+        std::fs::create_dir_all(path).expect("writable");
+        let done = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).output();
+        done.is_ok_and(|done| done.status.success()).then_some(Self(path))
+    }
+}
+
+impl Drop for Mount<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+/// Writes into this folder until its file system is full, down to the last block.
+pub fn fill(folder: &Path) -> PathBuf {
+    let path = folder.join("filler");
+    let mut filler = File::create(&path).expect("writable");
+    for bytes in [64 << 10, 4096, 512] {
+        while std::io::Write::write_all(&mut filler, &vec![0u8; bytes]).is_ok() {}
+    }
+    path
+}
+
 /// A job for the stub trainer.
 pub fn job(task_id: &str, stub: &str) -> String {
     format!("model: yolov8n\ntype: yolo\ntask_id: {task_id}\ntrain: {{data: 'stub:{stub}'}}\n")

@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt, TryStreamExt};
 use serde_json::json;
 
 use super::{COMPLAINT_INTERVAL, Consumer, PENDING_MAX, Trouble};
-use crate::actors::supervisor::{FleetHeard, ShutFleet, Standing, StopJob, Surrender};
-use crate::adapters::queue::redis::{Announced, GpuOwner, Renewed, SlotReport, Warning};
+use crate::actors::supervisor::{FleetHeard, GiveBack, ShutFleet, Standing, StopJob, Surrender};
+use crate::adapters::queue::redis::{Announced, GpuOwner, Renewed, SlotReport, TOGETHER_MAX, Warning};
 use crate::job::clock::{now_unix_ms, rfc3339};
 use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::slot::SlotRecord;
 use crate::job::state::JobState;
+use crate::train::args::Device;
 
 /// Leases after which another service that uses this machine's name is taken for good.
 const INTRUSION_LEASES: u32 = 2;
@@ -38,9 +40,9 @@ impl Consumer {
             self.no_steal_until = Instant::now() + lease;
         }
         if self.is_intruded.is_none() && !standing.is_closing {
-            for entry in fleet.own_pending(PENDING_MAX).await? {
-                self.consider(entry, &standing).await?;
-            }
+            // What was put off is among what is pending.
+            self.later.clear();
+            self.consider_all(fleet.own_pending(PENDING_MAX).await?, &standing).await?;
         }
         if !self.was_heard || self.down_since.is_some() {
             self.warn(fleet.warnings().await?);
@@ -79,18 +81,20 @@ impl Consumer {
     pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
         self.announce(standing).await?;
         let held = self.parts.keeper.with(|journal| journal.held_shared()).await?;
-        self.renew(&held).await?;
+        let surrendered = self.renew(held).await?;
         let gpus = self.claim_gpus(&standing.slots).await?;
         if self.is_intruded.is_none() {
             self.parts.supervisor.send(FleetHeard { gpus }).await.map_err(|_| Trouble::Gone)?;
         }
-        self.cancel().await?;
+        self.cancel(&surrendered).await?;
+        self.give_back(standing).await?;
         self.show_counts().await
     }
 
     /// A sign of life; another service with this machine's name is no laughing matter.
     async fn announce(&mut self, standing: &Standing) -> Result<(), Trouble> {
         let reports: Vec<SlotReport> = standing.slots.iter().map(report).collect();
+        self.slots = reports.iter().map(|report| report.slot.clone()).collect();
         match self.parts.fleet.announce(&reports).await? {
             Announced::Mine => {
                 if self.is_intruded.take().is_some() {
@@ -124,28 +128,40 @@ impl Consumer {
     }
 
     /// Renews the leases and entries of this machine's shared jobs, also of those that have ended and whose result is not out,
-    /// and lets go of those that another machine has.
-    async fn renew(&mut self, held: &[JobRecord]) -> Result<(), Trouble> {
+    /// and lets go of those that another machine has. Many questions are on their way at once: what is taken ahead may be
+    /// thousands.
+    async fn renew(&mut self, held: Vec<JobRecord>) -> Result<Vec<TaskId>, Trouble> {
         let fleet = self.parts.fleet.clone();
         let lease_ms = self.parts.config.redis.lease_ms();
-        let mut entries: Vec<_> = self.later.iter().map(|taken| taken.entry.clone()).collect();
-        let mut newest: HashMap<&TaskId, i64> = HashMap::new();
-        for record in held {
-            let seq = newest.entry(&record.task_id).or_default();
+        let mut newest: HashMap<TaskId, i64> = HashMap::new();
+        for record in &held {
+            let seq = newest.entry(record.task_id.clone()).or_default();
             *seq = record.seq.max(*seq);
         }
-        for record in held {
-            if newest.get(&record.task_id).is_some_and(|seq| *seq > record.seq) {
-                // The lease is that of a later submission by now.
-                entries.extend(record.entry.clone());
-                continue;
-            }
-            let (attempts, fence) = (record.attempts_all(), record.fence);
-            match fleet.renew(&record.task_id, &record.instance, fence, attempts, lease_ms).await? {
-                Renewed::Mine => {
-                    entries.extend(record.entry.clone());
-                    self.release_if_told(record).await?;
+        let (mut held, earlier): (Vec<_>, Vec<_>) =
+            held.into_iter().partition(|record| newest.get(&record.task_id) == Some(&record.seq));
+        // Their leases are those of later submissions by now. Elements of lists need no sign of life but the machine's.
+        let earlier = earlier.into_iter().filter_map(|record| record.entry).filter(|entry| !entry.is_list);
+        let mut entries: Vec<_> = earlier.collect();
+        // Should the server fail on the way, those that are worked on have been renewed.
+        held.sort_by_key(|record| match record.state {
+            JobState::Queued | JobState::Interrupted => 1,
+            state if state.is_terminal() => 2,
+            _ => 0,
+        });
+        let asked = held.iter().map(|record| {
+            let (task_id, instance) = (&record.task_id, &record.instance);
+            fleet.renew(task_id, instance, record.fence, record.attempts_all(), lease_ms)
+        });
+        let answers: Vec<Renewed> =
+            futures_util::stream::iter(asked).buffered(TOGETHER_MAX).try_collect().await?;
+        let mut surrendered = Vec::new();
+        for (record, answer) in held.iter().zip(answers) {
+            match answer {
+                Renewed::Mine if self.is_told(record).await? => {
+                    fleet.let_go(&record.task_id, record.fence).await?;
                 }
+                Renewed::Mine => entries.extend(record.entry.clone()),
                 // A later start of this very machine: the journal has the older number.
                 Renewed::Lost { owner, fence } if owner == fleet.machine_id() && fence > record.fence => {
                     let seq = record.seq;
@@ -156,25 +172,60 @@ impl Consumer {
                 Renewed::Lost { owner, .. } => {
                     let message = Surrender { seq: record.seq, owner };
                     self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)?;
+                    surrendered.push(record.task_id.clone());
                 }
             }
         }
-        // Entries that are gone from the queue do not matter to a job that is in the journal.
-        let gone = fleet.renew_entries(&entries).await?;
+        fleet.hold_entries(&entries).await?;
+        // Entries that are gone from the queue do not matter to a job that is in the journal, but to one that waits here.
+        let waiting: Vec<_> = self.later.iter().map(|taken| taken.entry.clone()).collect();
+        let gone = fleet.renew_entries(&waiting).await?;
         self.later.retain(|taken| !gone.contains(&taken.entry));
+        Ok(surrendered)
+    }
+
+    /// Gives waiting jobs back to the queue when no slot here can take them: at once when all are drained, after a lease when
+    /// they are out of use. One of which something is still to be told stays until it is told.
+    async fn give_back(&mut self, standing: &Standing) -> Result<(), Trouble> {
+        let lease = Duration::from_millis(self.parts.config.redis.lease_ms());
+        if standing.usable > 0 || self.is_leaving() {
+            self.unusable_since = None;
+            return Ok(());
+        }
+        let since = *self.unusable_since.get_or_insert_with(Instant::now);
+        if !standing.is_drained && since.elapsed() < lease {
+            return Ok(());
+        }
+        let why = if standing.is_drained {
+            "given back to the queue: every slot here is drained"
+        } else {
+            "given back to the queue: no slot here can take it for now"
+        };
+        for record in self.parts.keeper.with(|journal| journal.held_shared()).await? {
+            let is_waiting = matches!(record.state, JobState::Queued | JobState::Interrupted);
+            // The CPU has slots of its own.
+            let is_for_cpu = record.spec.args.device == Device::Cpu && !standing.is_drained;
+            let Some(entry) = record.entry.clone().filter(|_| is_waiting && !is_for_cpu) else { continue };
+            let message = GiveBack { seq: record.seq, why: why.to_owned() };
+            if self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)? {
+                if record.attempts_all() == 0 {
+                    // Whoever takes it begins it: there is nothing to go on from.
+                    self.parts.fleet.forget_instance(&record.task_id).await?;
+                }
+                self.parts.fleet.release(&entry).await?;
+                self.parts.fleet.let_go(&record.task_id, record.fence).await?;
+            }
+        }
         Ok(())
     }
 
-    /// The result may have gone out, and the lease with it, between the look into the journal and the renewal.
-    async fn release_if_told(&self, record: &JobRecord) -> Result<(), Trouble> {
+    /// True when the result has gone out, and the lease with it, since the look into the journal.
+    async fn is_told(&self, record: &JobRecord) -> Result<bool, Trouble> {
         if !record.state.is_terminal() {
-            return Ok(());
+            return Ok(false);
         }
         let instance = record.instance.clone();
-        if !self.parts.keeper.with(move |journal| journal.is_result_waiting(&instance)).await? {
-            self.parts.fleet.let_go(&record.task_id, record.fence).await?;
-        }
-        Ok(())
+        Ok(!self.parts.keeper.with(move |journal| journal.is_result_waiting(&instance)).await?)
     }
 
     async fn claim_gpus(&mut self, slots: &[SlotRecord]) -> Result<Vec<(String, Option<String>)>, Trouble> {
@@ -194,17 +245,20 @@ impl Consumer {
         Ok(owners)
     }
 
-    /// Cancellations by key, for every job that is active here.
-    async fn cancel(&mut self) -> Result<(), Trouble> {
-        let active = self.parts.keeper.with(|journal| journal.active_ids()).await?;
+    /// Cancellations by key, for every job that is active here. A key is forgotten when it was obeyed, and left for the new owner
+    /// of a job that was just surrendered.
+    async fn cancel(&mut self, surrendered: &[TaskId]) -> Result<(), Trouble> {
+        let mut active = self.parts.keeper.with(|journal| journal.active_ids()).await?;
+        active.retain(|task_id| !surrendered.contains(task_id));
         if active.is_empty() {
             return Ok(());
         }
         for task_id in self.parts.fleet.cancelled(&active).await? {
             let why = "cancelled by a key in Redis".to_owned();
             let message = StopJob { task_id: task_id.clone(), why };
-            self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)?;
-            self.parts.fleet.forget_cancel(&task_id).await?;
+            if self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)? {
+                self.parts.fleet.forget_cancel(&task_id).await?;
+            }
         }
         Ok(())
     }

@@ -1,9 +1,11 @@
 //! What becomes of an entry of the shared queue.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::files::Disk;
-use super::{Consumer, LATER_MAX, Trouble};
+use super::{Consumer, LATER_MAX, TAKE_MAX, Trouble};
 use crate::actors::intake::{self, Submission, Verdict};
 use crate::actors::supervisor::{Notice, Standing, Wake, prepare_log};
 use crate::adapters::queue::journal::Journal;
@@ -21,6 +23,10 @@ use crate::job::state::JobState;
 const DELIVERIES_MAX: u64 = 50;
 /// Looks at a file that is not there before the entry goes to the dead.
 const UNREADABLE_MAX: u32 = 12;
+/// Limit of reading the file that an entry names; a share may hang.
+const READ_LIMIT: Duration = Duration::from_secs(5);
+/// Reads that may hang at once before no more are begun.
+const HUNG_READS_MAX: usize = 8;
 /// Longest list of files and entries that are remembered.
 const REMEMBERED_MAX: usize = 10_000;
 
@@ -38,13 +44,27 @@ enum Unreadable {
     NotYet(String),
 }
 
+/// Counts itself while it lives.
+struct Going(Arc<AtomicUsize>);
+
+impl Going {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Going {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Consumer {
     /// Looks again at entries that were put off, and gives the room of `later` back.
     pub(super) async fn reconsider(&mut self, standing: &Standing) -> Result<(), Trouble> {
-        for taken in std::mem::take(&mut self.later) {
-            self.consider(taken, standing).await?;
-        }
-        Ok(())
+        let later = std::mem::take(&mut self.later);
+        self.consider_all(later, standing).await
     }
 
     /// Takes over what dead machines held, as far as there is room for it.
@@ -54,17 +74,22 @@ impl Consumer {
             return Ok(());
         }
         let lease_ms = self.parts.config.redis.lease_ms();
-        let stolen = self.parts.fleet.steal(lease_ms, room).await?;
-        for taken in stolen.entries {
-            self.consider(taken, standing).await?;
-        }
-        Ok(())
+        let stolen = self.parts.fleet.steal(lease_ms, room.min(TAKE_MAX)).await?;
+        self.consider_all(stolen.entries, standing).await
     }
 
     /// Decides about one entry. It stays pending until its job has ended, unless it is refused or done with.
     pub(super) async fn consider(&mut self, taken: Taken, standing: &Standing) -> Result<(), Trouble> {
         let fleet = self.parts.fleet.clone();
         let place = name_of(&taken);
+        if taken.entry.is_list
+            && self.passed.get(&key_of(&taken)).is_some_and(|until| *until > Instant::now())
+        {
+            // Everything in the list was looked at since the last heartbeat.
+            self.resting.insert(taken.entry.queue.clone(), self.next_beat);
+            fleet.release(&taken.entry).await?;
+            return Ok(());
+        }
         let readable = match self.read(&taken).await? {
             Ok(readable) => readable,
             Err(unreadable) => return self.put_aside(taken, unreadable).await,
@@ -182,10 +207,23 @@ impl Consumer {
                 Err(error) => Err(Unreadable::Never(error.to_string())),
             }
         };
-        tokio::task::spawn_blocking(read)
-            .await
-            .map(Ok)
-            .unwrap_or_else(|error| Ok(Err(Unreadable::Never(format!("reading it failed: {error}")))))
+        if self.hung_reads.load(Ordering::SeqCst) >= HUNG_READS_MAX {
+            return Ok(Err(Unreadable::NotYet("the share that its file is on does not answer".to_owned())));
+        }
+        let limit = READ_LIMIT.min(self.beat_interval());
+        let going = Going::new(&self.hung_reads);
+        let read = tokio::task::spawn_blocking(move || {
+            let _going = going;
+            read()
+        });
+        Ok(match tokio::time::timeout(limit, read).await {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => Err(Unreadable::Never(format!("reading it failed: {error}"))),
+            Err(_) => {
+                let limit_ms = limit.as_millis();
+                Err(Unreadable::NotYet(format!("its file could not be read within {limit_ms} ms")))
+            }
+        })
     }
 
     async fn put_aside(&mut self, taken: Taken, unreadable: Unreadable) -> Result<(), Trouble> {
@@ -200,6 +238,7 @@ impl Consumer {
                 *seen += 1;
                 if *seen < UNREADABLE_MAX {
                     tracing::warn!("{place} cannot be read yet and is given back: {reason}");
+                    self.note_passed(&taken);
                     self.parts.fleet.release(&taken.entry).await?;
                     return Ok(());
                 }
@@ -215,12 +254,7 @@ impl Consumer {
 
     /// Leaves an entry that this machine cannot run to others. It stays where everyone can take it.
     async fn pass(&mut self, taken: Taken, task_id: &TaskId) -> Result<(), Trouble> {
-        let key = key_of(&taken);
-        if self.passed.len() > REMEMBERED_MAX {
-            self.passed.clear();
-        }
-        let is_first = self.passed.insert(key, Instant::now()).is_none();
-        if is_first {
+        if self.note_passed(&taken) {
             tracing::info!(task_id = %task_id, "{} requires a GPU, which this machine lacks; it is left to others", name_of(&taken));
             let reason =
                 format!("waits for a machine with a GPU ({} has none)", self.parts.fleet.machine_id());
@@ -233,9 +267,15 @@ impl Consumer {
             self.parts.fleet.progress(task_id, &fields, true).await?;
         }
         self.parts.fleet.release(&taken.entry).await?;
-        // Taking it again at once would be a hot loop.
-        let _ = tokio::time::timeout(Duration::from_millis(200), self.nudge.notified()).await;
         Ok(())
+    }
+
+    /// Notes that an entry was looked at in vain and is not to be looked at before the next heartbeat. True the first time.
+    fn note_passed(&mut self, taken: &Taken) -> bool {
+        if self.passed.len() > REMEMBERED_MAX {
+            self.passed.clear();
+        }
+        self.passed.insert(key_of(taken), self.next_beat).is_none()
     }
 
     /// Keeps an entry until the job that has its task id has ended.
@@ -302,7 +342,14 @@ impl Consumer {
             taker: None,
         };
         let context = self.parts.context.clone();
-        let verdict = self.keep(move |journal| intake::decide(journal, &submission, &context)).await?;
+        let decided = self.keep(move |journal| intake::decide(journal, &submission, &context)).await;
+        if let Err(Trouble::Journal(_)) = &decided {
+            // Others may take it at once; this machine takes nothing until its journal can be written.
+            self.is_journal_broken = true;
+            fleet.release(&taken.entry).await?;
+            fleet.let_go(&task_id, fence).await?;
+        }
+        let verdict = decided?;
         match verdict {
             Verdict::Accepted(record) => {
                 prepare_log(&record);

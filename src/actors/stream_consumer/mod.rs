@@ -13,12 +13,14 @@ mod consider;
 mod files;
 
 use std::collections::{BTreeSet, HashMap};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use actix::Addr;
+use serde_json::json;
 use tokio::sync::Notify;
 
 use super::keeper::Keeper;
@@ -43,6 +45,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const JOURNAL_PAUSE: Duration = Duration::from_secs(1);
 /// How long a goodbye may take.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+/// Flag in the journal that is written to see whether it can be.
+const WRITTEN_FLAG: &str = "written_at";
 /// Between two lines in the log about the same outage.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -103,13 +107,20 @@ impl StreamConsumer {
             failures: 0,
             down_since: None,
             complained: None,
+            journal_complained: None,
             warned: None,
             next_beat: Instant::now(),
             no_steal_until: Instant::now(),
             later: Vec::new(),
             unreadable: HashMap::new(),
             passed: HashMap::new(),
+            resting: HashMap::new(),
+            unusable_since: None,
+            is_journal_broken: false,
+            hung_reads: Arc::new(AtomicUsize::new(0)),
+            waiting: None,
             gpus: BTreeSet::new(),
+            slots: Vec::new(),
         };
         let thread = std::thread::Builder::new().name("stream-consumer".into()).spawn(move || {
             runtime.block_on(async {
@@ -176,6 +187,7 @@ struct Consumer {
     failures: u32,
     down_since: Option<Instant>,
     complained: Option<Instant>,
+    journal_complained: Option<Instant>,
     /// What the server's configuration was said to be last, and when.
     warned: Option<(Instant, Vec<Warning>)>,
     next_beat: Instant,
@@ -187,8 +199,21 @@ struct Consumer {
     unreadable: HashMap<(String, String), u32>,
     /// Entries that this machine cannot run and gave back, and until when it leaves them alone.
     passed: HashMap<(String, String), Instant>,
+    /// Lists in which only what this machine cannot run was found, and until when they are left alone.
+    resting: HashMap<String, Instant>,
+    /// Since when no slot can take a job.
+    unusable_since: Option<Instant>,
+    /// The journal refused the last job that was to be written.
+    is_journal_broken: bool,
+    /// Reads of job files that took too long and still go on.
+    hung_reads: Arc<AtomicUsize>,
+    /// The question whether there is work. It goes on from round to round: a wait that is dropped goes on inside the server,
+    /// and the next one would wait behind it.
+    waiting: Option<Pin<Box<dyn Future<Output = Result<bool, FleetError>> + Send>>>,
     /// GPUs that this machine owns in Redis.
     gpus: BTreeSet<String>,
+    /// Names of the slots that were shown last.
+    slots: Vec<String>,
 }
 
 /// The consumer cannot go on as it is.
@@ -225,8 +250,8 @@ impl Consumer {
                 Err(Trouble::Journal(error)) => {
                     // What was taken stays pending and is looked at again.
                     self.is_connected = false;
-                    if self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL) {
-                        self.complained = Some(Instant::now());
+                    if self.journal_complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL) {
+                        self.journal_complained = Some(Instant::now());
                         tracing::error!("the journal does not take entries of the shared queue: {error}");
                     }
                     let _ = tokio::time::timeout(JOURNAL_PAUSE, self.ending()).await;
@@ -253,7 +278,7 @@ impl Consumer {
             for uuid in std::mem::take(&mut self.gpus) {
                 fleet.free_gpu(&uuid).await?;
             }
-            fleet.leave().await
+            fleet.leave(&self.slots).await
         };
         match tokio::time::timeout(GOODBYE_LIMIT, goodbye).await {
             Ok(Ok(())) => {}
@@ -277,12 +302,11 @@ impl Consumer {
     /// One round: a heartbeat when it is due, then work when there is room for it.
     async fn round(&mut self) -> Result<(), Trouble> {
         if !self.is_connected {
+            self.waiting = None;
             self.connect().await?;
         }
         let standing = self.standing().await?;
-        if Instant::now() >= self.next_beat {
-            self.next_beat = Instant::now() + self.beat_interval();
-            self.beat(&standing).await?;
+        if self.beat_if_due(&standing).await? {
             self.reconsider(&standing).await?;
             self.steal(&standing).await?;
         }
@@ -294,28 +318,63 @@ impl Consumer {
             return Ok(());
         }
         let ageing_ms = self.parts.config.ageing_ms.max(1) as u64;
-        let taken = self.parts.fleet.take(room.min(TAKE_MAX), ageing_ms).await?;
-        let is_empty = taken.is_empty();
+        let resting = self.resting();
+        let resting: Vec<&str> = resting.iter().map(String::as_str).collect();
+        let taken = self.parts.fleet.take_except(room.min(TAKE_MAX), ageing_ms, &resting).await?;
+        if taken.is_empty() {
+            self.shared.is_quiet.store(self.later.is_empty(), Ordering::SeqCst);
+            return self.wait().await;
+        }
+        self.shared.is_quiet.store(false, Ordering::SeqCst);
+        self.consider_all(taken, &standing).await
+    }
+
+    /// Gives a sign of life when it is time.
+    async fn beat_if_due(&mut self, standing: &Standing) -> Result<bool, Trouble> {
+        if Instant::now() < self.next_beat {
+            return Ok(false);
+        }
+        self.next_beat = Instant::now() + self.beat_interval();
+        self.beat(standing).await?;
+        Ok(true)
+    }
+
+    /// Considers entries one after the other; however long that takes, signs of life are given in between.
+    async fn consider_all(&mut self, taken: Vec<Taken>, standing: &Standing) -> Result<(), Trouble> {
+        let mut standing = standing.clone();
         for entry in taken {
+            if Instant::now() >= self.next_beat {
+                standing = self.standing().await?;
+                self.beat_if_due(&standing).await?;
+            }
             self.consider(entry, &standing).await?;
         }
-        if is_empty {
-            self.shared.is_quiet.store(self.later.is_empty(), Ordering::SeqCst);
-            self.wait().await?;
-        } else {
-            self.shared.is_quiet.store(false, Ordering::SeqCst);
-        }
         Ok(())
+    }
+
+    /// Lists that are left alone for now.
+    fn resting(&mut self) -> Vec<String> {
+        let now = Instant::now();
+        self.resting.retain(|_, until| *until > now);
+        self.resting.keys().cloned().collect()
     }
 
     /// Waits for work, for a nudge, or for the next heartbeat.
     async fn wait(&mut self) -> Result<(), Trouble> {
         let left = self.next_beat.saturating_duration_since(Instant::now());
-        let fleet = self.parts.fleet.clone();
-        let limit_ms = (left.as_millis() as u64).max(1);
+        let resting = self.resting();
+        let mut waiting = self.waiting.take().unwrap_or_else(|| {
+            let fleet = self.parts.fleet.clone();
+            let limit_ms = (left.as_millis() as u64).max(1);
+            Box::pin(async move {
+                let resting: Vec<&str> = resting.iter().map(String::as_str).collect();
+                fleet.wait_for_work_except(limit_ms, &resting).await
+            })
+        });
         tokio::select! {
-            found = fleet.wait_for_work(limit_ms) => { found?; }
-            () = self.nudge.notified() => {}
+            found = &mut waiting => { found?; }
+            () = self.nudge.notified() => self.waiting = Some(waiting),
+            () = tokio::time::sleep(left) => self.waiting = Some(waiting),
         }
         Ok(())
     }
@@ -328,10 +387,32 @@ impl Consumer {
         self.parts.supervisor.send(HowDoYouStand).await.map_err(|_| Trouble::Gone)
     }
 
+    fn is_leaving(&self) -> bool {
+        self.shared.is_leaving.load(Ordering::SeqCst)
+    }
+
+    /// Tries whether the journal can be written again, before another job is taken for it.
+    async fn is_journal_mended(&mut self) -> Result<bool, Trouble> {
+        let now = now_unix_ms().to_string();
+        match self.parts.keeper.with(move |journal| journal.set_flag(WRITTEN_FLAG, Some(&now))).await {
+            Ok(()) => {
+                self.is_journal_broken = false;
+                self.journal_complained = None;
+                tracing::info!("the journal can be written again; the shared queue is worked on");
+                Ok(true)
+            }
+            Err(QueueError::NoAnswer) => Err(Trouble::Gone),
+            Err(_) => Ok(false),
+        }
+    }
+
     /// Jobs that could be taken now.
-    async fn room(&self, standing: &Standing) -> Result<usize, Trouble> {
-        let is_leaving = standing.is_closing || self.shared.is_leaving.load(Ordering::SeqCst);
-        if is_leaving || self.is_intruded.is_some() || self.later.len() >= LATER_MAX {
+    async fn room(&mut self, standing: &Standing) -> Result<usize, Trouble> {
+        let is_shut = standing.is_closing || self.is_leaving() || standing.usable == 0;
+        if is_shut || self.is_intruded.is_some() || self.later.len() >= LATER_MAX {
+            return Ok(0);
+        }
+        if self.is_journal_broken && !self.is_journal_mended().await? {
             return Ok(0);
         }
         let wanted = standing.free + self.parts.config.redis.prefetch;
@@ -356,31 +437,36 @@ impl Consumer {
         // Whatever it was, groups and pending entries are looked at afresh.
         let was_up = std::mem::replace(&mut self.is_connected, false);
         self.failures = self.failures.saturating_add(1);
+        // A group that is gone is made again in the next round; that is no outage.
+        if !error.is_no_group() {
+            self.note_outage(error, was_up).await;
+        }
+        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10));
+        let doubled = doubled.min(PAUSE_MAX).min(self.beat_interval() / 2);
+        // Machines must not come back in step.
+        doubled + doubled.mul_f64((uuid::Uuid::new_v4().as_u128() % 256) as f64 / 1024.0)
+    }
+
+    /// Says and notes that the server does not work, when it is news and once a minute.
+    async fn note_outage(&mut self, error: &FleetError, was_up: bool) {
         let is_news = self.down_since.is_none();
         let since = *self.down_since.get_or_insert_with(Instant::now);
         let is_due = self.complained.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL);
         if is_due {
             self.complained = Some(Instant::now());
             let address = self.parts.fleet.address();
-            // A group that is gone is made again in the next round; that is no outage.
-            if !error.is_no_group() {
-                let outage = human_ms(since.elapsed().as_millis() as i64);
-                let lasting = if is_news { String::new() } else { format!(" (for {outage} by now)") };
-                tracing::warn!("the shared queue on {address} does not work{lasting}: {}", error.chain());
-            }
+            let outage = human_ms(since.elapsed().as_millis() as i64);
+            let lasting = if is_news { String::new() } else { format!(" (for {outage} by now)") };
+            tracing::warn!("the shared queue on {address} does not work{lasting}: {}", error.chain());
         }
         // A server that answers and then refuses was noted as up in between.
         if is_due || was_up {
-            let state = serde_json::json!({
+            let state = json!({
                 "state": "down", "since": rfc3339(now_unix_ms() - since.elapsed().as_millis() as i64),
                 "error": error.chain(),
             });
             self.note(state).await;
         }
-        let doubled = PAUSE.saturating_mul(1 << self.failures.saturating_sub(1).min(10));
-        let doubled = doubled.min(PAUSE_MAX).min(self.beat_interval() / 2);
-        // Machines must not come back in step.
-        doubled + doubled.mul_f64((uuid::Uuid::new_v4().as_u128() % 256) as f64 / 1024.0)
     }
 
     async fn note(&self, state: serde_json::Value) {

@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use actix::{ActorFutureExt, AsyncContext, Context, Handler, Message, WrapFuture};
+use actix::{ActorFutureExt, AsyncContext, Context, Handler, Message, ResponseFuture, WrapFuture};
+use tokio::sync::oneshot;
 
 use super::{Supervisor, log_journal};
 use crate::actors::slots::{Claim, Seat};
@@ -53,8 +54,12 @@ pub struct Standing {
     pub slots: Vec<SlotRecord>,
     /// Slots that would take a job that names no device.
     pub free: usize,
+    /// Slots, busy or free, that can take a job that names no device now or later: neither drained nor out of use.
+    pub usable: usize,
     /// True when some slot is a GPU that is not missing.
     pub has_gpu: bool,
+    /// Every slot is drained.
+    pub is_drained: bool,
     /// No more work is wanted.
     pub is_closing: bool,
 }
@@ -65,19 +70,19 @@ impl Handler<HowDoYouStand> for Supervisor {
     fn handle(&mut self, _: HowDoYouStand, _ctx: &mut Context<Self>) -> Standing {
         let seats: Vec<_> = self.bays.iter().map(|bay| bay.slot.seat(bay.job())).collect();
         let has_gpu = seats.iter().any(|seat| seat.gpu.is_some() && !seat.is_missing);
-        let is_open = |name: &str| !self.is_drained(name);
-        let free = seats.iter().filter(|seat| {
-            seat.job.is_none()
-                && seat.obstacle.is_none()
-                && seat.gpu.is_some() == has_gpu
-                && is_open(&seat.name)
+        // Jobs that name no device go to GPUs wherever there is a slot for one, also while it is missing.
+        let on_gpus = seats.iter().any(|seat| seat.gpu.is_some());
+        let usable = seats.iter().filter(|seat| {
+            seat.obstacle.is_none() && seat.gpu.is_some() == on_gpus && !self.is_drained(&seat.name)
         });
+        let is_drained =
+            !self.bays.is_empty() && self.bays.iter().all(|bay| self.is_drained(&bay.slot.name()));
         Standing {
-            free: free.count(),
+            free: usable.clone().filter(|seat| seat.job.is_none()).count(),
+            usable: usable.count(),
             has_gpu,
-            is_closing: self.shutting_down
-                || self.fleet.is_shut
-                || (!self.bays.is_empty() && self.bays.iter().all(|bay| self.is_drained(&bay.slot.name()))),
+            is_drained,
+            is_closing: self.shutting_down || self.fleet.is_shut || is_drained,
             slots: self.bays.iter().map(|bay| bay.slot.record(bay.job())).collect(),
         }
     }
@@ -173,6 +178,60 @@ impl Handler<Surrender> for Supervisor {
             // The next heartbeat asks again.
             Err(error) => log_journal("let a job go", &error),
         }));
+    }
+}
+
+/// Let a job of the shared queue go that waits here, so that another machine can have it. The answer is true when it was
+/// let go; false when it has begun or ended by now.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct GiveBack {
+    /// The record.
+    pub seq: i64,
+    /// Why, in a sentence.
+    pub why: String,
+}
+
+impl Handler<GiveBack> for Supervisor {
+    type Result = ResponseFuture<bool>;
+
+    fn handle(&mut self, GiveBack { seq, why }: GiveBack, ctx: &mut Context<Self>) -> Self::Result {
+        let keeper = self.keeper.clone();
+        let work = async move {
+            keeper
+                .with(move |journal| {
+                    let record = journal.record(seq)?;
+                    if !matches!(record.state, JobState::Queued | JobState::Interrupted)
+                        || journal.is_delivery_waiting(&record.instance)?
+                    {
+                        return Ok(None);
+                    }
+                    journal.change(seq, Change::to(JobState::Moved, why)).map(Some)
+                })
+                .await
+        };
+        let (told, answer) = oneshot::channel();
+        // The journal's word first: nothing else is handled meanwhile.
+        ctx.wait(work.into_actor(self).map(|result, actor, ctx| {
+            let is_done = match result {
+                Ok(Some(record)) => {
+                    tracing::info!(task_id = %record.task_id, "{}", record.reason);
+                    actor.observer.notice(&super::Notice::Left(Box::new(record)));
+                    actor.wake_watcher();
+                    ctx.notify(super::Wake);
+                    true
+                }
+                Ok(None) => false,
+                // The next heartbeat asks again.
+                Err(error) => {
+                    log_journal("give a job back", &error);
+                    false
+                }
+            };
+            // A caller that stopped waiting does not need the answer.
+            let _ = told.send(is_done);
+        }));
+        Box::pin(async move { answer.await.unwrap_or(false) })
     }
 }
 

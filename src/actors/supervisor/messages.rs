@@ -1,7 +1,10 @@
 //! What the supervisor hears.
 
-use actix::{ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, WrapFuture};
+use actix::{
+    ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Message, ResponseFuture, WrapFuture,
+};
 use serde_json::Value as Json;
+use tokio::sync::oneshot;
 
 use super::{Supervisor, log_journal, request_stop};
 use crate::actors::endings::Ending;
@@ -111,9 +114,9 @@ impl Handler<ChildEnded> for Supervisor {
     }
 }
 
-/// Stop this job.
+/// Stop this job. The answer is true when the journal has it, so that it happens whatever comes.
 #[derive(Message)]
-#[rtype(result = "()")]
+#[rtype(result = "bool")]
 pub struct StopJob {
     /// The job.
     pub task_id: TaskId,
@@ -122,9 +125,9 @@ pub struct StopJob {
 }
 
 impl Handler<StopJob> for Supervisor {
-    type Result = ();
+    type Result = ResponseFuture<bool>;
 
-    fn handle(&mut self, StopJob { task_id, why }: StopJob, ctx: &mut Context<Self>) {
+    fn handle(&mut self, StopJob { task_id, why }: StopJob, ctx: &mut Context<Self>) -> Self::Result {
         let keeper = self.keeper.clone();
         let work = async move {
             keeper
@@ -134,12 +137,25 @@ impl Handler<StopJob> for Supervisor {
                 })
                 .await
         };
-        ctx.wait(work.into_actor(self).map(|result, actor, ctx| match result {
-            Ok(Some(record)) => actor.stopped(record, ctx),
-            Ok(None) => {}
-            // The stop file stays, so it is tried again at the next look.
-            Err(error) => log_journal("stop a job", &error),
+        let (told, answer) = oneshot::channel();
+        // The journal's word first: nothing else is handled meanwhile.
+        ctx.wait(work.into_actor(self).map(|result, actor, ctx| {
+            let is_done = match result {
+                Ok(Some(record)) => {
+                    actor.stopped(record, ctx);
+                    true
+                }
+                Ok(None) => true,
+                // A stop file stays, and so does a key in Redis: it is tried again at the next look.
+                Err(error) => {
+                    log_journal("stop a job", &error);
+                    false
+                }
+            };
+            // A caller that stopped waiting does not need the answer.
+            let _ = told.send(is_done);
         }));
+        Box::pin(async move { answer.await.unwrap_or(false) })
     }
 }
 

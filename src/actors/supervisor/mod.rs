@@ -21,7 +21,7 @@ use serde_json::{Map, Value as Json};
 
 use progress::{log_event, merge_progress, step_samples};
 
-pub use fleet::{DRAINED_FLAG, FleetHeard, HowDoYouStand, ShutFleet, Standing, Surrender, drained};
+pub use fleet::{DRAINED_FLAG, FleetHeard, GiveBack, HowDoYouStand, ShutFleet, Standing, Surrender, drained};
 pub use messages::{
     ChildEnded, ChildEvent, ChildStarted, Introduce, IsIdle, KillAll, Shutdown, StopJob, Wake,
 };

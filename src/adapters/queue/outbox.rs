@@ -235,6 +235,18 @@ impl Journal {
             .map_err(sql("read the outbox"))
     }
 
+    /// True while anything about an instance waits for its delivery.
+    ///
+    /// # Errors
+    /// When the outbox cannot be read.
+    pub fn is_delivery_waiting(&self, instance: &str) -> Result<bool, QueueError> {
+        self.connection
+            .query_row("SELECT EXISTS (SELECT 1 FROM outbox WHERE instance = ?1)", [instance], |row| {
+                row.get(0)
+            })
+            .map_err(sql("read the outbox"))
+    }
+
     /// Puts into the outbox once more what is to be told of a record as it stands, under another fencing number.
     ///
     /// # Errors

@@ -286,6 +286,37 @@ impl DeviceMemory for HostMemory {
     }
 }
 
+/// A device that nothing else uses: what a run could have there at best, whatever is free at this moment.
+#[derive(Clone, Copy, Debug)]
+pub struct EmptyDevice {
+    /// All of its memory, bytes.
+    pub bytes: u64,
+}
+
+impl EmptyDevice {
+    /// This machine, or the share of it that the control group may have.
+    pub fn host() -> EmptyDevice {
+        let mut system = sysinfo::System::new();
+        system.refresh_memory();
+        let total = system.total_memory();
+        EmptyDevice { bytes: system.cgroup_limits().map_or(total, |limits| total.min(limits.total_memory)) }
+    }
+}
+
+impl DeviceMemory for EmptyDevice {
+    fn free(&mut self) -> u64 {
+        self.bytes
+    }
+
+    fn total(&self) -> u64 {
+        self.bytes
+    }
+
+    fn try_allocate(&mut self, _bytes: u64) -> Result<(), NoRoom> {
+        Ok(())
+    }
+}
+
 /// Bytes of memory that a process could still take: what the system says, or the limit of its control
 /// group where that is lower.
 pub fn available_bytes() -> u64 {

@@ -1,10 +1,11 @@
-//! What the devices of this machine can hold: the choice that a training run makes, asked for beforehand.
+//! What the devices of this machine can hold when nothing else uses them: the choice that a training run makes, asked for
+//! beforehand. What is free at this moment does not count, so the same question has the same answer.
 
 use super::Room;
 use crate::detect::models::Detector;
 use crate::engine::params::ParamSet;
 use crate::train::args::{Batch, BatchPolicy, Device, TrainArgs};
-use crate::train::autobatch::{self, DeviceMemory, HostMemory, Wish};
+use crate::train::autobatch::{self, DeviceMemory, EmptyDevice, Wish};
 use crate::train::device;
 use crate::train::error::TrainError;
 use crate::train::session::{Compute, batch_on};
@@ -15,7 +16,7 @@ const IMAGES: usize = 1 << 20;
 /// A device of this machine, and what of the data its memory depends on.
 pub struct Machine {
     compute: Compute,
-    host: HostMemory,
+    host: EmptyDevice,
     nc: usize,
     boxes_max: usize,
 }
@@ -27,13 +28,13 @@ impl Machine {
     /// [`TrainError::Config`] when it is not there or cannot be used; [`TrainError::Device`].
     pub fn open(wanted: Device, nc: usize, boxes_max: usize) -> Result<Machine, TrainError> {
         let compute = device::open(wanted, TrainArgs::default().amp, 0)?;
-        Ok(Machine { compute, host: HostMemory::now(), nc, boxes_max })
+        Ok(Machine { compute, host: EmptyDevice::host(), nc, boxes_max })
     }
 
     /// What a recommendation for this device must not be used without: its name and memory, whatever is free of it.
     pub fn identity(&self) -> String {
         let total = match &self.compute {
-            Compute::Cpu { .. } => self.host.clone().total(),
+            Compute::Cpu { .. } => self.host.total(),
             Compute::Cuda { device, .. } => device.chip().memory_bytes,
         };
         format!("{} {} MiB", self.device(), total >> 20)
@@ -57,7 +58,7 @@ impl Machine {
             share_max: 1.0,
         };
         let needed = |batch| autobatch::host_bytes(&detector, &params, batch);
-        autobatch::choose(&wish, &mut self.host.clone(), &needed).map_err(|refusal| refusal.error(imgsz))
+        autobatch::choose(&wish, &mut { self.host }, &needed).map_err(|refusal| refusal.error(imgsz))
     }
 }
 

@@ -78,7 +78,8 @@ pub trait Room {
     /// Whether it is a GPU.
     fn is_gpu(&self) -> bool;
 
-    /// The largest batch that automatic choice would take for a network at an input size, at least 1.
+    /// The largest batch that automatic choice would take for a network at an input size when nothing else uses the device,
+    /// at least 1.
     ///
     /// # Errors
     /// [`TrainError::Memory`] when not even one image fits; the device does not answer.

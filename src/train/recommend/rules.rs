@@ -243,8 +243,10 @@ pub fn batch(
         format!("{} should make {BATCHES_MIN} batches or more", counted(images, "image", "images"))
     };
     let needed = bytes(room.bytes(model, imgsz, value)?);
-    let because =
-        format!("{reason}; it takes {needed} on {}, where a batch of {largest} would fit", room.device());
+    let because = format!(
+        "{reason}; it takes {needed} on {}, where a batch of {largest} would fit if nothing else used it",
+        room.device()
+    );
     Ok(Chosen { value, because })
 }
 

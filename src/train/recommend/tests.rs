@@ -108,7 +108,7 @@ fn the_text_on_the_shapes_set() {
 data        48 + 12 images, 215 boxes (3.5 an image), 3 classes; fingerprint 0123456789ab
 imgsz       160: nine tenths of the 169 training boxes have a side of 15.6 % or more of the image's longer side, which is 32 px and more at 224 px; the median image is 160 px long, and enlarging adds no detail
 model       yolov8n: yolov8n is the size for fewer than 1,500 training images, and there are 48
-batch       8: 8 images are what batch normalisation should have at least; it takes 20 MiB on the CPU, where a batch of 3355 would fit
+batch       8: 8 images are what batch normalisation should have at least; it takes 20 MiB on the CPU, where a batch of 3355 would fit if nothing else used it
 epochs      150: 48 images make 6 batches an epoch; the goal balanced is 5,000 batches, 840 epochs, of which 300 is the most; half of it, since it starts from trained weights
 pretrained  runs/shapes/best.safetensors: job shapes reached mAP50-95 0.8651 with yolov8n on the same data and classes, the best of 1 such run
 warning: fewer than 50 training boxes of `circle`: few to learn from

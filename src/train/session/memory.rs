@@ -11,7 +11,9 @@ use crate::detect::nms_cuda::{DeviceNms, NmsCapacity};
 use crate::engine::optim::{Algorithm, DeviceOptimizer, Ema};
 use crate::engine::plan::{Mode, Plan};
 use crate::train::args::{OptimizerChoice, TrainArgs};
-use crate::train::autobatch::{self, Choice, CudaMemory, Footprint, HostMemory, Wish};
+use crate::train::autobatch::{
+    self, Choice, CudaMemory, DeviceMemory, EmptyDevice, Footprint, HostMemory, Wish,
+};
 use crate::train::error::TrainError;
 
 /// Bytes for what a plan does not show: recorded graphs, kernels loaded later, the driver's rounding.
@@ -39,8 +41,8 @@ pub(super) struct Demand<'a> {
     pub gpu_share_max: f64,
 }
 
-/// The batch that a run with these arguments would be given on a device now, by the same choice that the run itself
-/// makes; `images` and `boxes_max` are those of its training split.
+/// The batch that a run with these arguments would be given on a device that nothing else uses, by the same choice that
+/// the run itself makes with what is free then; `images` and `boxes_max` are those of its training split.
 ///
 /// # Errors
 /// [`TrainError::Memory`] with the figures, an unknown model, or the device does not answer.
@@ -58,7 +60,12 @@ pub fn batch_on(
     let (largest, loss) = (&largest, &loss);
     let demand =
         Demand { args, compute, network, largest, loss, imgsz, images, boxes_max, gpu_share_max: 1.0 };
-    demand.choose()
+    match compute {
+        Compute::Cpu { .. } => demand.choose_on_host(&mut EmptyDevice::host()),
+        Compute::Cuda { device, .. } => {
+            demand.choose_on(&mut EmptyDevice { bytes: device.chip().memory_bytes })
+        }
+    }
 }
 
 impl Demand<'_> {
@@ -68,14 +75,23 @@ impl Demand<'_> {
     /// [`TrainError::Memory`] with the figures, or the device does not answer.
     pub fn choose(&self) -> Result<Choice, TrainError> {
         match self.compute {
-            Compute::Cpu { .. } => {
-                let wish = self.wish(autobatch::AUTO_SHARE_HOST, 1.0);
-                let bytes = |batch| autobatch::host_bytes(self.largest, &self.network.params, batch);
-                let chosen = autobatch::choose(&wish, &mut HostMemory::now(), &bytes);
-                chosen.map_err(|refusal| refusal.error(self.largest_side()))
+            Compute::Cpu { .. } => self.choose_on_host(&mut HostMemory::now()),
+            Compute::Cuda { device, .. } => {
+                let mut memory = CudaMemory::new(device);
+                let chosen = self.choose_on(&mut memory);
+                if let Some(source) = memory.fault.take() {
+                    return Err(TrainError::Device { action: "tell its free memory", source });
+                }
+                chosen
             }
-            Compute::Cuda { device, .. } => self.choose_on(&mut CudaMemory::new(device)),
         }
+    }
+
+    fn choose_on_host(&self, memory: &mut dyn DeviceMemory) -> Result<Choice, TrainError> {
+        let wish = self.wish(autobatch::AUTO_SHARE_HOST, 1.0);
+        let bytes = |batch| autobatch::host_bytes(self.largest, &self.network.params, batch);
+        let chosen = autobatch::choose(&wish, memory, &bytes);
+        chosen.map_err(|refusal| refusal.error(self.largest_side()))
     }
 
     fn wish(&self, auto_share: f64, share_max: f64) -> Wish {
@@ -87,7 +103,7 @@ impl Demand<'_> {
         self.largest.graph.shape(self.largest.graph.outputs()[0])[0] * self.largest.strides[0]
     }
 
-    fn choose_on(&self, memory: &mut CudaMemory) -> Result<Choice, TrainError> {
+    fn choose_on(&self, memory: &mut dyn DeviceMemory) -> Result<Choice, TrainError> {
         let (params, target) = (&self.network.params, self.network.target());
         // Rectangular validation batches may be one stride longer than the square.
         let side = self.imgsz + STRIDE_MAX;
@@ -114,9 +130,6 @@ impl Demand<'_> {
         };
         let wish = self.wish(autobatch::AUTO_SHARE_GPU, self.gpu_share_max);
         let chosen = autobatch::choose(&wish, memory, &|batch| footprint.bytes(batch));
-        if let Some(source) = memory.fault.take() {
-            return Err(TrainError::Device { action: "tell its free memory", source });
-        }
         chosen.map_err(|refusal| refusal.error(self.largest_side()))
     }
 

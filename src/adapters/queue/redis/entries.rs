@@ -19,8 +19,6 @@ const DEAD_MAX: &str = "10000";
 const DEAD_FIELDS_MAX: usize = 500;
 /// Pending entries that one call looks at, for each stream.
 const LOOKED_AT_MAX: usize = 200;
-/// Elements of dead machines' lists that one call moves back.
-const RETURNED_MAX: usize = 1_000;
 
 /// What was taken over from machines that show no sign of life.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -32,8 +30,8 @@ pub struct Stolen {
 }
 
 impl Fleet {
-    /// Takes over up to `count` entries whose consumer gave no sign of life for `min_idle_ms`, and moves what machines
-    /// without a sign of life had taken from lists back to the lists.
+    /// Takes over up to `count` entries whose consumer gave no sign of life for `min_idle_ms`, and moves up to as many elements
+    /// that machines without a sign of life had taken from lists back to the lists.
     ///
     /// Entries of this machine itself are among them when it gave no sign of life for them: it does not know that it has
     /// them, because the answer with them was lost. One that does know them (after a long standstill) goes on as before.
@@ -42,7 +40,7 @@ impl Fleet {
     /// [`FleetError::NoGroup`]: call [`Fleet::ensure_groups`] first.
     pub async fn steal(&self, min_idle_ms: u64, count: usize) -> Result<Stolen, FleetError> {
         let kind = self.queue_kind().await?;
-        let mut stolen = Stolen { returned: self.return_elements(&kind).await?, ..Stolen::default() };
+        let mut stolen = Stolen { returned: self.return_elements(&kind, count).await?, ..Stolen::default() };
         let (idle, looked_at) = (min_idle_ms.to_string(), LOOKED_AT_MAX.to_string());
         for (index, stream) in self.keys().streams().into_iter().enumerate() {
             if kind == QueueKind::List
@@ -74,7 +72,7 @@ impl Fleet {
         self.inner.steal_from.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    async fn return_elements(&self, kind: &QueueKind) -> Result<usize, FleetError> {
+    async fn return_elements(&self, kind: &QueueKind, count: usize) -> Result<usize, FleetError> {
         let what = "return elements of the dead";
         let machines = self.known_machines().await?;
         let others: Vec<String> = machines
@@ -96,7 +94,7 @@ impl Fleet {
                 let keys = [processing.as_str(), list, sign.as_str()];
                 // The sign of life lies elsewhere on a cluster; it was looked at just now.
                 let keys = if self.is_cluster() { &keys[..2] } else { &keys[..] };
-                while returned < RETURNED_MAX
+                while returned < count
                     && self.script::<bool>(what, &scripts::RETURN_ELEMENT, keys, &[]).await?
                 {
                     returned += 1;
@@ -113,19 +111,18 @@ impl Fleet {
     /// [`FleetError::NoGroup`]: call [`Fleet::ensure_groups`]; the entries will be delivered again.
     pub async fn renew_entries(&self, entries: &[QueueEntry]) -> Result<Vec<QueueEntry>, FleetError> {
         let what = "renew entries";
-        let mut lost = Vec::new();
+        let (elements, others): (Vec<_>, Vec<_>) = entries.iter().partition(|entry| entry.is_list);
+        let places = elements.iter().map(|entry| {
+            let processing = self.keys().processing(&entry.queue, &self.inner.machine_id);
+            cmd("LPOS").arg(&processing).arg(&entry.id).to_owned()
+        });
+        let places: Vec<Option<i64>> = self.many(what, places.collect()).await?;
+        let elements = elements.into_iter().zip(places);
+        let mut lost: Vec<QueueEntry> =
+            elements.filter(|(_, place)| place.is_none()).map(|(entry, _)| entry.clone()).collect();
         let mut streams: BTreeMap<&str, Vec<&QueueEntry>> = BTreeMap::new();
-        for entry in entries {
-            if entry.is_list {
-                let processing = self.keys().processing(&entry.queue, &self.inner.machine_id);
-                let place: Option<i64> =
-                    self.command(what, cmd("LPOS").arg(&processing).arg(&entry.id)).await?;
-                if place.is_none() {
-                    lost.push(entry.clone());
-                }
-            } else {
-                streams.entry(&entry.queue).or_default().push(entry);
-            }
+        for entry in others {
+            streams.entry(&entry.queue).or_default().push(entry);
         }
         for (stream, held) in streams {
             let mut arguments: Vec<&[u8]> =
@@ -137,6 +134,22 @@ impl Fleet {
         Ok(lost)
     }
 
+    /// A sign of life for entries of jobs whose leases this machine has. An element that others put back into its list, because
+    /// this machine was taken for dead, is taken out again, so that nobody works on it a second time.
+    ///
+    /// # Errors
+    /// As [`Fleet::renew_entries`].
+    pub async fn hold_entries(&self, entries: &[QueueEntry]) -> Result<(), FleetError> {
+        let gone = self.renew_entries(entries).await?;
+        for entry in gone.iter().filter(|entry| entry.is_list) {
+            let mine = self.keys().processing(&entry.queue, &self.inner.machine_id);
+            let keys = [mine.as_str(), entry.queue.as_str()];
+            let arguments: [&[u8]; 1] = [entry.id.as_bytes()];
+            let _: bool = self.script("hold an element", &scripts::HOLD_ELEMENT, &keys, &arguments).await?;
+        }
+        Ok(())
+    }
+
     /// Gives an entry to the machine `to` (the one that holds the lease of its task). False when this machine did not hold
     /// it.
     ///
@@ -145,19 +158,19 @@ impl Fleet {
     pub async fn hand_over(&self, entry: &QueueEntry, to: &str) -> Result<bool, FleetError> {
         if entry.is_list {
             let theirs = self.keys().processing(&entry.queue, to);
-            return self.move_element(entry, &theirs, "RIGHT").await;
+            return self.move_element(entry, &theirs).await;
         }
         self.give(entry, to, "0").await
     }
 
-    /// Gives an entry back: any machine takes it at its next look for entries of the dead. False when this machine did not
-    /// hold it.
+    /// Gives an entry back: any machine takes it at its next look for entries of the dead, and an element of a list when its
+    /// turn comes, which is last. False when this machine did not hold it.
     ///
     /// # Errors
     /// As every call.
     pub async fn release(&self, entry: &QueueEntry) -> Result<bool, FleetError> {
         if entry.is_list {
-            return self.move_element(entry, &entry.queue, "LEFT").await;
+            return self.move_element(entry, &entry.queue).await;
         }
         self.give(entry, UNASSIGNED, IDLE_FOR_ALL).await
     }
@@ -173,9 +186,9 @@ impl Fleet {
         self.script("give an entry away", &scripts::GIVE, &[&entry.queue], &arguments).await
     }
 
-    async fn move_element(&self, entry: &QueueEntry, to: &str, end: &str) -> Result<bool, FleetError> {
+    async fn move_element(&self, entry: &QueueEntry, to: &str) -> Result<bool, FleetError> {
         let mine = self.keys().processing(&entry.queue, &self.inner.machine_id);
-        let arguments: [&[u8]; 2] = [entry.id.as_bytes(), end.as_bytes()];
+        let arguments: [&[u8]; 1] = [entry.id.as_bytes()];
         self.script("give an element away", &scripts::MOVE_ELEMENT, &[&mine, to], &arguments).await
     }
 
@@ -239,10 +252,11 @@ impl Fleet {
         self.script("bury an entry", &scripts::BURY, &keys, &arguments).await
     }
 
-    /// Machines that gave a sign of life in the last days, and when the last one was (Unix milliseconds).
+    /// Machines that gave a sign of life in the last days, and when the last one was (Unix milliseconds); the newest, where
+    /// there are too many.
     pub(super) async fn known_machines(&self) -> Result<Vec<(String, i64)>, FleetError> {
         let mut command = cmd("ZRANGE");
-        command.arg(MACHINES).arg(0).arg(super::presence::MACHINES_MAX).arg("WITHSCORES");
+        command.arg(MACHINES).arg(0).arg(super::presence::MACHINES_MAX).arg("REV").arg("WITHSCORES");
         let rows: Vec<(String, f64)> = self.command("read the machines", &command).await?;
         Ok(rows.into_iter().map(|(name, at)| (name, at as i64)).collect())
     }

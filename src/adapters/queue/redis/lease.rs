@@ -108,6 +108,16 @@ impl Fleet {
         self.script("give a lease up", &scripts::FORGET_IF, &[&lease], &arguments).await
     }
 
+    /// Forgets which instance of a task had its lease last; its number stays.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn forget_instance(&self, task_id: &TaskId) -> Result<(), FleetError> {
+        let mut command = cmd("HDEL");
+        command.arg(self.keys().fence(task_id.as_str())).arg("instance").arg("attempts");
+        self.command("forget an instance", &command).await
+    }
+
     /// Who has the lease of a task, and its number.
     ///
     /// # Errors

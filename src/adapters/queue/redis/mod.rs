@@ -21,9 +21,10 @@ mod sink;
 mod take;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::{StreamExt, TryStreamExt};
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Script, ScriptInvocation, Value};
 
 pub use entries::Stolen;
@@ -47,6 +48,9 @@ const ANSWER_LIMIT: Duration = Duration::from_millis(2_000);
 /// Longest single wait inside the server; a longer one is several.
 const WAIT_SLICE: Duration = Duration::from_millis(1_000);
 
+/// Calls that are on their way at once.
+pub const TOGETHER_MAX: usize = 64;
+
 /// A handle on the Redis that the fleet shares. Clones share connections.
 #[derive(Clone)]
 pub struct Fleet {
@@ -59,6 +63,8 @@ struct Inner {
     config: RedisConfig,
     machine_id: String,
     incarnation: String,
+    /// What this machine had not finished was read since the start.
+    has_read_pending: AtomicBool,
     calls: Line,
     waiting: Line,
     /// Which source is asked first alternates, so that none starves.
@@ -118,6 +124,7 @@ impl Fleet {
                 config: config.clone(),
                 machine_id: machine_id.to_owned(),
                 incarnation: incarnation.to_owned(),
+                has_read_pending: AtomicBool::new(false),
                 calls: Line::default(),
                 waiting: Line::default(),
                 turn: AtomicUsize::new(0),
@@ -230,7 +237,7 @@ impl Fleet {
         self.ask(&self.inner.calls, what, ANSWER_LIMIT, Request::Pipeline(pipeline)).await
     }
 
-    /// Commands that concern any keys: sent together to one server, one by one to a cluster.
+    /// Commands that concern any keys: sent together to one server, each to its node of a cluster.
     async fn many<T: FromRedisValue>(
         &self,
         what: &'static str,
@@ -240,11 +247,9 @@ impl Fleet {
             return Ok(Vec::new());
         }
         if self.is_cluster() {
-            let mut answers = Vec::with_capacity(commands.len());
-            for command in &commands {
-                answers.push(self.command(what, command).await?);
-            }
-            return Ok(answers);
+            // In order, but not one after the other.
+            let asked = commands.into_iter().map(|command| async move { self.command(what, &command).await });
+            return futures_util::stream::iter(asked).buffered(TOGETHER_MAX).try_collect().await;
         }
         let mut pipeline = Pipeline::with_capacity(commands.len());
         for command in commands {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use redis::{Cmd, Value, cmd};
 use serde_json::json;
 
-use super::keys::MACHINES;
+use super::keys::{MACHINES, SIDE_LISTS};
 use super::{Fleet, FleetError, now_unix_ms, scripts};
 
 /// Machines that are looked at.
@@ -14,6 +14,8 @@ pub(super) const MACHINES_MAX: usize = 1_000;
 const SLOTS_MAX: usize = 256;
 /// A machine without a sign of life is listed this long, in milliseconds: 7 days.
 const LISTED_MS: i64 = 7 * 24 * 3_600_000;
+/// Machines that one sign of life looks at to take them off the list.
+const FORGOTTEN_MAX: usize = 20;
 
 /// What a machine tells of one of its slots.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -49,7 +51,7 @@ pub struct Machine {
     pub machine_id: String,
     /// No sign of life for three intervals.
     pub is_lost: bool,
-    /// When the last one was, Unix milliseconds by the machine's clock.
+    /// When the last one was, Unix milliseconds by the clock of Redis.
     pub seen_unix_ms: i64,
     /// `incarnation`, `version`, `host`, `slots`, `jobs`, `since`; empty when it is lost.
     pub fields: BTreeMap<String, String>,
@@ -100,16 +102,14 @@ impl Fleet {
         for (name, value) in &fields {
             arguments.extend([name.as_bytes(), value.as_bytes()]);
         }
-        let (is_mine, incarnation, host, since): (bool, String, String, String) =
+        let (is_mine, incarnation, host, since, now): (bool, String, String, String, i64) =
             self.script(what, &scripts::ANNOUNCE, &[&key], &arguments).await?;
         if !is_mine {
             let since_unix_ms = since.parse().unwrap_or(0);
             return Ok(Announced::TakenBy { incarnation, host, since_unix_ms });
         }
-        let mut commands = vec![
-            cmd("ZADD").arg(MACHINES).arg(now).arg(&self.inner.machine_id).to_owned(),
-            cmd("ZREMRANGEBYSCORE").arg(MACHINES).arg("-inf").arg(now - LISTED_MS).to_owned(),
-        ];
+        // By the clock of the server, as this list also tells whose elements are to be put back.
+        let mut commands = vec![cmd("ZADD").arg(MACHINES).arg(now).arg(&self.inner.machine_id).to_owned()];
         for slot in slots {
             let key = self.keys().worker(&self.inner.machine_id, &slot.slot);
             let mut command = cmd("HSET");
@@ -118,14 +118,36 @@ impl Fleet {
             commands.push(cmd("PEXPIRE").arg(&key).arg(&ttl).to_owned());
         }
         self.many::<Value>(what, commands).await?;
+        self.forget_machines(now - LISTED_MS).await?;
         Ok(Announced::Mine)
     }
 
-    /// Takes the sign of life back: the service goes down in an orderly way.
+    /// Takes machines off the list that gave no sign of life since then, except those that took from a list what nobody has
+    /// put back yet.
+    async fn forget_machines(&self, before_unix_ms: i64) -> Result<(), FleetError> {
+        let what = "forget machines";
+        let mut command = cmd("ZRANGEBYSCORE");
+        command.arg(MACHINES).arg("-inf").arg(before_unix_ms).arg("LIMIT").arg(0).arg(FORGOTTEN_MAX);
+        let gone: Vec<String> = self.command(what, &command).await?;
+        for machine in gone {
+            let lists = std::iter::once(self.keys().topic.as_str()).chain(SIDE_LISTS);
+            let held = lists.map(|list| cmd("EXISTS").arg(self.keys().processing(list, &machine)).to_owned());
+            let held: Vec<bool> = self.many(what, held.collect()).await?;
+            if !held.contains(&true) {
+                let _: i64 = self.command(what, cmd("ZREM").arg(MACHINES).arg(&machine)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the sign of life of this machine and of these slots back: the service goes down in an orderly way.
     ///
     /// # Errors
     /// As every call.
-    pub async fn leave(&self) -> Result<(), FleetError> {
+    pub async fn leave(&self, slots: &[String]) -> Result<(), FleetError> {
+        let workers = slots.iter().map(|slot| self.keys().worker(&self.inner.machine_id, slot));
+        let workers = workers.map(|key| cmd("DEL").arg(key).to_owned()).collect();
+        self.many::<Value>("take the sign of life back", workers).await?;
         let key = self.keys().machine(&self.inner.machine_id);
         let arguments: [&[u8]; 2] = [b"incarnation", self.inner.incarnation.as_bytes()];
         self.script::<bool>("take the sign of life back", &scripts::FORGET_IF, &[&key], &arguments)

@@ -19,6 +19,7 @@ scripts! {
     BURY = "bury.lua";
     FORGET_IF = "forget_if.lua";
     GIVE = "give.lua";
+    HOLD_ELEMENT = "hold_element.lua";
     LOG = "log.lua";
     METRICS = "metrics.lua";
     MOVE_ELEMENT = "move_element.lua";

@@ -144,6 +144,19 @@ impl Fleet {
     /// After an error that asks to reconnect, call [`Fleet::own_pending`]: the lost answer may have given entries to this
     /// machine.
     pub async fn take(&self, count: usize, ageing_ms: u64) -> Result<Vec<Taken>, FleetError> {
+        self.take_except(count, ageing_ms, &[]).await
+    }
+
+    /// As [`Fleet::take`], but leaves these lists alone.
+    ///
+    /// # Errors
+    /// As [`Fleet::take`].
+    pub async fn take_except(
+        &self,
+        count: usize,
+        ageing_ms: u64,
+        skipped: &[&str],
+    ) -> Result<Vec<Taken>, FleetError> {
         let mut taken = Vec::new();
         if count == 0 {
             return Ok(taken);
@@ -160,6 +173,7 @@ impl Fleet {
                     QueueKind::Stream | QueueKind::Missing => {
                         taken.extend(self.take_streams(wanted, ageing_ms).await?);
                     }
+                    QueueKind::List if skipped.contains(&topic.as_str()) => {}
                     QueueKind::List => taken.extend(self.take_list(&topic, wanted).await?),
                     QueueKind::Other(_) => {
                         return Err(FleetError::WrongType { what: "take from the queue", source: None });
@@ -167,7 +181,7 @@ impl Fleet {
                 }
             } else {
                 for (list, kind) in SIDE_LISTS.iter().zip(&types[1..]) {
-                    if QueueKind::of(kind) == QueueKind::List {
+                    if QueueKind::of(kind) == QueueKind::List && !skipped.contains(list) {
                         taken.extend(self.take_list(list, count - taken.len()).await?);
                     }
                 }
@@ -237,12 +251,14 @@ impl Fleet {
     }
 
     /// Everything that this machine holds and has not acknowledged, up to `limit`: what it was at when it went down. Counts as
-    /// a further delivery and as a sign of life. Entries that somebody deleted are acknowledged and left out.
+    /// a sign of life, and the first call of a handle as a further delivery: the entry may be what brought the service down.
+    /// Entries that somebody deleted are acknowledged and left out.
     ///
     /// # Errors
     /// As [`Fleet::take`].
     pub async fn own_pending(&self, limit: usize) -> Result<Vec<Taken>, FleetError> {
         let what = "read what is not finished";
+        let count = if self.inner.has_read_pending.swap(true, Ordering::Relaxed) { "" } else { "count" };
         let mut found = Vec::new();
         for list in std::iter::once(self.keys().topic.as_str()).chain(SIDE_LISTS) {
             let processing = self.keys().processing(list, &self.inner.machine_id);
@@ -260,11 +276,12 @@ impl Fleet {
             let mut after = "0-0".to_owned();
             while found.len() < limit && !after.is_empty() {
                 let page = PAGE.min(limit - found.len()).to_string();
-                let arguments: [&[u8]; 4] = [
+                let arguments: [&[u8]; 5] = [
                     self.inner.config.group.as_bytes(),
                     self.inner.machine_id.as_bytes(),
                     after.as_bytes(),
                     page.as_bytes(),
+                    count.as_bytes(),
                 ];
                 let (next, rows): (String, Vec<RawRow>) =
                     self.script(what, &scripts::OWN_PENDING, &[stream], &arguments).await?;
@@ -284,20 +301,31 @@ impl Fleet {
     /// # Errors
     /// As [`Fleet::take`].
     pub async fn wait_for_work(&self, limit_ms: u64) -> Result<bool, FleetError> {
+        self.wait_for_work_except(limit_ms, &[]).await
+    }
+
+    /// As [`Fleet::wait_for_work`], but for what is not in these lists.
+    ///
+    /// # Errors
+    /// As [`Fleet::take`].
+    pub async fn wait_for_work_except(&self, limit_ms: u64, skipped: &[&str]) -> Result<bool, FleetError> {
         let what = "wait for work";
         let until = Instant::now() + Duration::from_millis(limit_ms);
         loop {
             let topic = self.keys().topic.as_str();
-            let lists = std::iter::once(topic).chain(SIDE_LISTS);
-            let types: Vec<Cmd> = lists.map(|key| cmd("TYPE").arg(key).to_owned()).collect();
+            let lists: Vec<&str> = std::iter::once(topic).chain(SIDE_LISTS).collect();
+            let types: Vec<Cmd> = lists.iter().map(|key| cmd("TYPE").arg(key).to_owned()).collect();
             let types: Vec<String> = self.many(what, types).await?;
-            if types.iter().any(|kind| kind == "list") {
+            if types.iter().zip(&lists).any(|(kind, list)| kind == "list" && !skipped.contains(list)) {
                 return Ok(true);
             }
             let left = until.saturating_duration_since(Instant::now());
             let kind = QueueKind::of(&types[0]);
-            let slice = if kind == QueueKind::Missing { LIST_POLL } else { WAIT_SLICE };
-            if self.is_stream_ready(&kind, slice.min(left)).await? {
+            let has_stream = kind != QueueKind::List;
+            let slice = if kind == QueueKind::Stream { WAIT_SLICE } else { LIST_POLL };
+            if !has_stream {
+                tokio::time::sleep(slice.min(left)).await;
+            } else if self.is_stream_ready(&kind, slice.min(left)).await? {
                 return Ok(true);
             }
             if slice >= left {
