@@ -1,13 +1,14 @@
 //! Couriers: one for each side service takes its deliveries from the outbox and makes them.
 //!
 //! Owns: a thread with a runtime of its own, so that nothing a service does can hold up the supervisor. In: a nudge
-//! when something was put into the outbox, the wish to end. Out: calls of the [`Sink`], and what the journal keeps of
-//! the service's state. Order: the first delivery of each lane, oldest first; a lane waits behind its failed
-//! delivery, all wait while the service is down. Limits: back-off with jitter up to a maximum, a batch of
-//! `BATCH_MAX` at a time, a line in the log when a service goes down or comes back and once a minute between. When a
-//! courier fails (a panic in a sink) its delivery is taken as failed and it goes on; when it dies with the
-//! process the outbox has everything.
+//! when something was put into the outbox, a word that the service was heard again, the wish to end. Out: calls of the
+//! [`Sink`], and what the journal keeps of the service's state. Order: oldest first, each lane in order; a lane waits
+//! behind its failed delivery, all wait while the service is down or the journal cannot be written. Limits: back-off
+//! with jitter up to a maximum, a batch of `BATCH_MAX` at a time, a line in the log when a service goes down or comes
+//! back and once a minute between. When a courier fails (a panic in a sink) its delivery is taken as failed and it goes
+//! on; when it dies with the process the outbox has everything.
 
+use std::collections::HashSet;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -25,7 +26,9 @@ use crate::job::delivery::Delivery;
 use crate::job::service::OutboxConfig;
 
 /// Deliveries taken at once.
-const BATCH_MAX: u32 = 64;
+const BATCH_MAX: u32 = 256;
+/// After this long a batch ends, so that it does not grow stale.
+const BATCH_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time without a look, when nobody nudges.
 const IDLE_INTERVAL: Duration = Duration::from_secs(5);
 /// Between two lines in the log about the same outage.
@@ -44,7 +47,8 @@ pub struct Courier {
 }
 
 impl Courier {
-    /// Starts the courier of a sink. `nudge` is poked when something was put into the outbox.
+    /// Starts the courier of a sink. `nudge` is poked when something was put into the outbox, `is_back` when somebody heard
+    /// from the service again: that ends a back-off.
     ///
     /// # Errors
     /// When the system has no thread left.
@@ -53,6 +57,7 @@ impl Courier {
         keeper: Keeper,
         config: OutboxConfig,
         nudge: Arc<Notify>,
+        is_back: Arc<Notify>,
     ) -> std::io::Result<Self> {
         let finish_by = Arc::new(AtomicI64::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -61,10 +66,15 @@ impl Courier {
             keeper,
             config,
             nudge: nudge.clone(),
+            is_back,
             finish_by: finish_by.clone(),
             failures: 0,
             down_since: None,
             complained: None,
+            made: Vec::new(),
+            refusal: None,
+            refusals: 0,
+            refusal_told: None,
             noted_well_unix_ms: 0,
             has_begun: false,
         };
@@ -93,11 +103,19 @@ struct Round {
     keeper: Keeper,
     config: OutboxConfig,
     nudge: Arc<Notify>,
+    is_back: Arc<Notify>,
     finish_by: Arc<AtomicI64>,
     /// Outages in a row.
     failures: u32,
     down_since: Option<Instant>,
     complained: Option<Instant>,
+    /// Deliveries that were made, or are given up, and that are still in the outbox.
+    made: Vec<i64>,
+    /// What the journal did not do at this look.
+    refusal: Option<String>,
+    /// Looks in a row at which it did not.
+    refusals: u32,
+    refusal_told: Option<Instant>,
     noted_well_unix_ms: i64,
     /// The service was put in order since this courier started.
     has_begun: bool,
@@ -111,6 +129,8 @@ enum Look {
     Nothing(Option<i64>),
     /// The service is down.
     Down,
+    /// The journal did not do its part.
+    Refused,
     /// The journal is gone: the service ends.
     NoJournal,
 }
@@ -124,18 +144,20 @@ impl Round {
                 return;
             }
             let look = self.look(is_finishing).await;
+            let look = self.weigh(look);
             let pause = match look {
                 Look::Went => continue,
                 Look::NoJournal => return,
-                Look::Nothing(_) | Look::Down if is_finishing => return,
+                Look::Nothing(_) | Look::Down | Look::Refused if is_finishing => return,
                 Look::Down => Duration::from_millis(self.delay_ms(self.failures.saturating_sub(1))),
+                Look::Refused => Duration::from_millis(self.delay_ms(self.refusals.saturating_sub(1))),
                 Look::Nothing(Some(due)) => {
                     IDLE_INTERVAL.min(Duration::from_millis((due - now_unix_ms()).max(1) as u64))
                 }
                 Look::Nothing(None) => IDLE_INTERVAL,
             };
-            if matches!(look, Look::Down) {
-                // A nudge does not shorten the back-off; the wish to end does.
+            if matches!(look, Look::Down | Look::Refused) {
+                // A nudge does not shorten the back-off; the wish to end does, and a service that is back.
                 self.rest(pause).await;
             } else {
                 let _ = tokio::time::timeout(pause, self.nudge.notified()).await;
@@ -146,11 +168,53 @@ impl Round {
     async fn rest(&self, pause: Duration) {
         let until = tokio::time::Instant::now() + pause;
         while self.finish_by.load(Ordering::SeqCst) == 0 {
-            let nudged = tokio::time::timeout_at(until, self.nudge.notified()).await;
-            if nudged.is_err() {
-                return;
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => return,
+                () = self.is_back.notified() => return,
+                () = self.nudge.notified() => {}
             }
         }
+    }
+
+    /// Counts looks at which the journal did not do its part, and says so once a minute.
+    fn weigh(&mut self, look: Look) -> Look {
+        let Some(refusal) = self.refusal.take() else {
+            self.refusals = 0;
+            return look;
+        };
+        if matches!(look, Look::NoJournal) {
+            return look;
+        }
+        self.refusals = self.refusals.saturating_add(1);
+        if self.refusal_told.is_none_or(|at| at.elapsed() >= COMPLAINT_INTERVAL) {
+            self.refusal_told = Some(Instant::now());
+            tracing::warn!("{}: {refusal}", self.sink.name().as_str());
+        }
+        Look::Refused
+    }
+
+    fn refused(&mut self, what: &str, error: &QueueError) {
+        if self.refusal.is_none() {
+            let cause =
+                std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
+            self.refusal = Some(format!("{what}: {error}{cause}"));
+        }
+    }
+
+    /// Takes what was made out of the outbox; while that fails nothing more is made.
+    async fn remove_made(&mut self) -> Result<(), Look> {
+        if self.made.is_empty() {
+            return Ok(());
+        }
+        let made = self.made.clone();
+        match self.keeper.with(move |journal| journal.delivered(&made)).await {
+            Ok(()) => self.made.clear(),
+            Err(error) => {
+                self.refused("deliveries that were made cannot be removed", &error);
+                return Err(Look::Refused);
+            }
+        }
+        Ok(())
     }
 
     /// The delay before try number `failures` (from 0), doubling up to the maximum, with up to a quarter of jitter.
@@ -170,7 +234,10 @@ impl Round {
         let live = match self.keeper.with(|journal| journal.live_instances()).await {
             Ok(live) => live,
             Err(QueueError::NoAnswer) => return Err(Look::NoJournal),
-            Err(_) => return Err(Look::Nothing(Some(now_unix_ms() + 1000))),
+            Err(error) => {
+                self.refused("the live jobs cannot be read", &error);
+                return Err(Look::Refused);
+            }
         };
         match self.sink.begin(&live).await {
             Ok(()) => self.has_begun = true,
@@ -190,43 +257,51 @@ impl Round {
         if let Err(look) = self.begin().await {
             return look;
         }
+        if let Err(look) = self.remove_made().await {
+            return look;
+        }
         let sink = self.sink.name();
         let now = if is_finishing { i64::MAX } else { now_unix_ms() };
         let due = match self.keeper.with(move |journal| journal.due(sink, now, BATCH_MAX)).await {
             Ok(due) => due,
             Err(QueueError::NoAnswer) => return Look::NoJournal,
             Err(error) => {
-                tracing::warn!("the outbox cannot be read: {error}");
-                return Look::Nothing(Some(now_unix_ms() + 1000));
+                self.refused("the outbox cannot be read", &error);
+                return Look::Refused;
             }
         };
         if due.is_empty() {
             let next = self.keeper.with(move |journal| journal.next_due(sink)).await;
-            // One that is due already waits behind the first of its lane, which comes later.
+            // One may have become due just now.
             let soonest = now_unix_ms() + 50;
             return Look::Nothing(next.ok().flatten().map(|due| due.max(soonest)));
         }
-        let mut done = Vec::new();
+        let began = Instant::now();
         let mut is_down = false;
+        let mut waiting: HashSet<String> = HashSet::new();
         for delivery in due {
-            let id = delivery.id;
+            if waiting.contains(&delivery.lane) {
+                continue;
+            }
+            let (id, lane) = (delivery.id, delivery.lane.clone());
             match self.deliver(delivery).await {
                 Some(AfterFailure::AllWait) => {
                     is_down = true;
                     break;
                 }
-                Some(AfterFailure::LaneWaits) => {}
-                Some(AfterFailure::GiveUp) | None => done.push(id),
+                Some(AfterFailure::LaneWaits) => {
+                    waiting.insert(lane);
+                }
+                Some(AfterFailure::GiveUp) | None => self.made.push(id),
             }
-            if self.finish_by.load(Ordering::SeqCst) != 0 && !is_finishing {
+            let must_finish = self.finish_by.load(Ordering::SeqCst) != 0 && !is_finishing;
+            if must_finish || began.elapsed() >= BATCH_LIMIT {
                 break;
             }
         }
-        let was_in_vain = done.is_empty();
-        if !done.is_empty()
-            && let Err(error) = self.keeper.with(move |journal| journal.delivered(&done)).await
-        {
-            tracing::warn!("deliveries that were made cannot be removed and are made again: {error}");
+        let was_in_vain = self.made.is_empty();
+        if let Err(look) = self.remove_made().await {
+            return look;
         }
         match () {
             () if is_down => Look::Down,
@@ -294,7 +369,7 @@ impl Round {
                 let (id, due) = (delivery.id, now_unix_ms() + delay_ms as i64);
                 let noted = self.keeper.with(move |journal| journal.postpone(id, due, &text)).await;
                 if let Err(error) = noted {
-                    tracing::warn!("a failed delivery cannot be postponed: {error}");
+                    self.refused("a failed delivery cannot be postponed", &error);
                 }
             }
             AfterFailure::AllWait => self.down(&text).await,

@@ -77,7 +77,10 @@ struct Scene {
 
 impl Scene {
     fn new(deliveries: Vec<NewDelivery>, orders: &[(&str, &[Order])]) -> Self {
-        let journal = Journal::in_memory().expect("opens");
+        Self::over(Journal::in_memory().expect("opens"), deliveries, orders)
+    }
+
+    fn over(journal: Journal, deliveries: Vec<NewDelivery>, orders: &[(&str, &[Order])]) -> Self {
         for delivery in deliveries {
             journal.put_samples(&delivery.lane.clone(), vec![delivery]).expect("stored");
         }
@@ -91,7 +94,11 @@ impl Scene {
 
     fn start(&self) -> Courier {
         let config = OutboxConfig { items_max: 1000, delay_ms: 5, delay_ms_max: 20 };
-        Courier::start(self.sink.clone(), self.keeper.clone(), config, Arc::new(Notify::new()))
+        self.start_with(config, Arc::default())
+    }
+
+    fn start_with(&self, config: OutboxConfig, is_back: Arc<Notify>) -> Courier {
+        Courier::start(self.sink.clone(), self.keeper.clone(), config, Arc::new(Notify::new()), is_back)
             .expect("starts")
     }
 
@@ -160,6 +167,90 @@ fn at_the_end_held_deliveries_are_made_and_an_outage_is_not_waited_for() {
     end(&courier);
     assert_eq!((scene.made(), scene.left()), (Vec::new(), 1), "the next start delivers it");
     assert!(scene.sink.tries.load(Ordering::SeqCst) < 100, "no hot loop");
+}
+
+#[test]
+fn what_follows_a_failure_in_its_lane_waits_also_within_a_batch() {
+    let mut deliveries: Vec<NewDelivery> = (0..10).map(|n| delivery("a", &format!("a{n}"), 0)).collect();
+    deliveries.extend((0..10).map(|n| delivery("b", &format!("b{n}"), 0)));
+    let scene = Scene::new(deliveries, &[("a3", &[Order::Later]), ("b5", &[Order::Refuse])]);
+    let courier = scene.start();
+    scene.wait_empty();
+    let made = scene.made();
+    let of = |lane: &str| made.iter().filter(|key| key.starts_with(lane)).cloned().collect::<Vec<_>>();
+    let keys = |lane: &str, left_out: Option<u32>| {
+        (0..10).filter(|n| Some(*n) != left_out).map(|n| format!("{lane}{n}")).collect::<Vec<_>>()
+    };
+    assert_eq!((of("a"), of("b")), (keys("a", None), keys("b", Some(5))));
+    let place = |key: &str| made.iter().position(|known| known == key);
+    assert!(place("b9") < place("a3"), "the other lane did not wait: {made:?}");
+    end(&courier);
+}
+
+/// A journal on the disk, and a hand that makes it refuse.
+fn refusing(trigger: &str) -> (tempfile::TempDir, Journal, rusqlite::Connection) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let journal = Journal::open(folder.path()).expect("opens");
+    let hand = rusqlite::Connection::open(Journal::path(folder.path())).expect("opens");
+    hand.execute_batch(&format!(
+        "CREATE TRIGGER refuse BEFORE {trigger} ON outbox BEGIN SELECT RAISE(ABORT, 'no room'); END"
+    ))
+    .expect("made");
+    (folder, journal, hand)
+}
+
+/// Long enough for thousands of rounds without a pause.
+const A_WHILE: Duration = Duration::from_millis(400);
+
+#[test]
+fn a_journal_that_keeps_what_was_made_is_asked_again_and_nothing_is_made_twice() {
+    let (_folder, journal, hand) = refusing("DELETE");
+    let scene = Scene::over(journal, vec![delivery("a", "a1", 0), delivery("b", "b1", 0)], &[]);
+    let courier = scene.start();
+    let deadline = Instant::now() + A_WHILE;
+    while Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    assert_eq!((scene.made().len(), scene.left()), (2, 2));
+    hand.execute_batch("DROP TRIGGER refuse").expect("dropped");
+    scene.wait_empty();
+    assert_eq!(scene.made(), ["a1", "b1"], "made once each");
+    end(&courier);
+}
+
+#[test]
+fn a_journal_that_takes_no_postponement_is_no_hot_loop() {
+    let (_folder, journal, hand) = refusing("UPDATE");
+    let scene = Scene::over(journal, vec![delivery("a", "a1", 0)], &[("a1", &[Order::Later; 100_000])]);
+    let courier = scene.start();
+    let deadline = Instant::now() + A_WHILE;
+    while Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    let tries = scene.sink.tries.load(Ordering::SeqCst);
+    // Delays of 5, 10, and then 20 ms and more.
+    assert!((1..=30).contains(&tries), "{tries} tries");
+    hand.execute_batch("DROP TRIGGER refuse").expect("dropped");
+    scene.sink.orders.lock().expect("sound").clear();
+    scene.wait_empty();
+    end(&courier);
+}
+
+#[test]
+fn a_service_that_is_heard_again_ends_the_back_off() {
+    let scene = Scene::new(vec![delivery("a", "a1", 0)], &[("a1", &[Order::Outage])]);
+    let hour = OutboxConfig { items_max: 1000, delay_ms: 3_600_000, delay_ms_max: 3_600_000 };
+    let is_back = Arc::new(Notify::new());
+    let courier = scene.start_with(hour, is_back.clone());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while scene.sink.tries.load(Ordering::SeqCst) == 0 {
+        assert!(Instant::now() < deadline, "no try");
+        std::thread::yield_now();
+    }
+    is_back.notify_one();
+    scene.wait_empty();
+    assert_eq!(scene.sink.tries.load(Ordering::SeqCst), 2);
+    end(&courier);
 }
 
 #[test]

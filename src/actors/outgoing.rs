@@ -37,7 +37,7 @@ pub fn run_ref(config: &ServiceConfig, record: &JobRecord) -> RunRef {
         trial_number: record.spec.trial_number,
         kind: record.spec.kind.clone(),
         run_dir: record.run_dir.clone(),
-        // A job of one machine has no lease. Its time of acceptance tells a later run of the task from an earlier one.
+        // Jobs of this machine alone had no number in earlier versions.
         fence: if record.fence == 0 { record.accepted_unix_ms.max(0) as u64 } else { record.fence },
         machine_id: config.machine_id.clone(),
     }

@@ -176,10 +176,14 @@ impl SideServices {
             let sink = StoreSink::new(&config.store, store.clone()).map_err(SideServiceError::Store)?;
             sinks.push(Arc::new(sink));
         }
+        let redis_back = Arc::new(Notify::new());
         let mut couriers = Vec::new();
         for sink in sinks {
             let nudge = handles.nudge(sink.name());
-            couriers.push(Courier::start(sink, keeper.clone(), config.outbox, nudge).map_err(thread)?);
+            // Of the others nobody but their couriers hears.
+            let is_back = if sink.name() == SinkName::Redis { redis_back.clone() } else { Arc::default() };
+            let courier = Courier::start(sink, keeper.clone(), config.outbox, nudge, is_back);
+            couriers.push(courier.map_err(thread)?);
         }
         let (mut consumer, mut reporter) = (None, None);
         if let Some(fleet) = &handles.fleet {
@@ -192,6 +196,7 @@ impl SideServices {
                 supervisor: supervisor.clone(),
                 observer: observer.clone(),
                 fleet: fleet.clone(),
+                redis_back,
             };
             consumer = Some(StreamConsumer::start(parts).map_err(thread)?);
         }

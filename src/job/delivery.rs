@@ -114,6 +114,12 @@ pub enum DeliveryBody {
     RunEnd(RunEndBody),
 }
 
+/// True when an instance came from a queue that machines share: it is named `queue/id`. Fencing numbers of such instances of
+/// one task come from one clock.
+pub fn is_shared_instance(instance: &str) -> bool {
+    instance.contains('/')
+}
+
 impl DeliveryBody {
     /// The run that it is about.
     pub fn run(&self) -> &RunRef {

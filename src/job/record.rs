@@ -59,7 +59,8 @@ pub struct JobRecord {
     pub instance: String,
     /// The entry of the shared queue that it came from.
     pub entry: Option<QueueEntry>,
-    /// Fencing number under which this machine owns it; 0 for a job that no other machine can take.
+    /// Fencing number under which this machine owns it, greater than that of every earlier run of the task id here. For a job
+    /// that no other machine can take it is the time of acceptance, Unix milliseconds (0 in old records).
     pub fence: u64,
     /// Attempts that other machines made before this one took it.
     pub attempts_before: u32,

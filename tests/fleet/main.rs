@@ -5,6 +5,7 @@
 //! tables as a run does, in milliseconds.
 
 mod clients;
+mod endings;
 mod faults;
 mod held;
 mod machines;

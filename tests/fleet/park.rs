@@ -57,7 +57,12 @@ impl Park {
     /// The same with the store at another address too.
     pub fn machine_with(&self, name: &str, redis_url: &str, endpoint: Option<&str>) -> World {
         let mut world = World::with(&format!(
-            "redis: {{heartbeat_interval_ms: {BEAT_MS}}}\noutbox: {{delay_seconds: 0.1, delay_seconds_max: 0.5}}\n{}{}",
+            "redis: {{heartbeat_interval_ms: {BEAT_MS}}}\n{}{}{}",
+            if self.more.contains("outbox:") {
+                ""
+            } else {
+                "outbox: {delay_seconds: 0.1, delay_seconds_max: 0.5}\n"
+            },
             if endpoint.is_some() {
                 "store: {upload_interval_seconds: 0.2}\n"
             } else {

@@ -196,3 +196,43 @@ async fn deliveries_of_the_outbox_are_made_once_and_wait_for_what_can_be_put_rig
     server.kill();
     assert_eq!(verdict(sink.deliver(&good).await), AfterFailure::AllWait);
 }
+
+#[tokio::test]
+async fn a_key_of_another_type_holds_up_no_more_than_it_must() {
+    let Some(server) = RedisServer::start() else { return };
+    let fleet = ready(&server, "a").await;
+    let sink = RedisSink::new(fleet.clone());
+    let delivery = |body| Delivery {
+        id: 1,
+        sink: SinkName::Redis,
+        lane: "t".into(),
+        key: "k".into(),
+        body,
+        attempts: 0,
+        at_unix_ms: 0,
+    };
+    let verdict = |answer: Result<Receipt, DeliveryError>| answer.expect_err("not made").verdict();
+    let fence = own(&fleet, "t").await;
+    let good = delivery(DeliveryBody::Result(result("t", "a", fence, json!(0.5), None)));
+    let epoch = |id: &str| {
+        let run = run_ref(id, "a", fence);
+        delivery(DeliveryBody::EpochMetrics(EpochBody { run, epoch: 1, metrics: Map::new(), at_unix_ms: 0 }))
+    };
+    // Metrics are given up alone.
+    get::<String>(&server, &["SET", "metrics:t", "in the way"]);
+    assert_eq!(verdict(sink.deliver(&epoch("t")).await), AfterFailure::GiveUp);
+    sink.deliver(&epoch("u")).await.expect("delivered");
+    // A key of one job lets that job wait.
+    get::<String>(&server, &["SET", "fence:v", "in the way"]);
+    let body = result("v", "a", 1, json!(0.5), None);
+    assert_eq!(verdict(sink.deliver(&delivery(DeliveryBody::Result(body))).await), AfterFailure::LaneWaits);
+    // That of the results lets all wait.
+    get::<String>(&server, &["SET", "results_queue", "in the way"]);
+    assert_eq!(verdict(sink.deliver(&good).await), AfterFailure::AllWait);
+    get::<i64>(&server, &["DEL", "results_queue"]);
+    // What is shown does not undo what was published.
+    get::<String>(&server, &["SET", "progress:t", "in the way"]);
+    sink.deliver(&good).await.expect("delivered");
+    assert_eq!(entries(&server).len(), 1);
+    assert!(fleet.is_done("t-instance").await.expect("an answer"));
+}

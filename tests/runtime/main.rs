@@ -8,6 +8,7 @@ mod gpus;
 mod gpus_emulated;
 mod intake;
 mod lifecycle;
+mod pruning;
 mod real;
 mod storage;
 mod world;

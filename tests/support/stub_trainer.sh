@@ -90,10 +90,12 @@ echo "12:00:00 | WARNING  | stub trainer speaks" >&2
 say '{"event":"started","task_id":"'"$task_id"'","pid":'$$'}'
 say '{"event":"plan","batch":4,"batches":1,"epochs":'"$steps"'}'
 
+rest=''
 while ((step < steps)); do
     if [[ -n $deaf ]]; then
         sleep "$pause"
-    elif read -r -t "$pause" line; then
+    elif read -r -t "$pause" part; then
+        line=$rest$part rest=''
         case $line in
         stop)
             save
@@ -106,6 +108,8 @@ while ((step < steps)); do
     elif (($? <= 128)); then
         save
         exit 131
+    else
+        rest+=$part # the time may end in the middle of a word
     fi
     step=$((step + 1))
     echo "$step" >>"$run_dir/steps" # before the checkpoint: a kill between the two repeats a step, and loses none

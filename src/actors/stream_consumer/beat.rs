@@ -1,6 +1,6 @@
 //! Heartbeats: this machine lives, these jobs and GPUs are its own, those it was asked to cancel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt};
@@ -29,6 +29,10 @@ impl Consumer {
         let standing = self.standing().await?;
         self.next_beat = Instant::now() + self.beat_interval();
         let beaten = self.beat(&standing).await;
+        if self.down_since.is_some() {
+            // Results that waited need not wait for the end of a back-off.
+            self.parts.redis_back.notify_one();
+        }
         groups?;
         beaten?;
         if self.down_since.is_some() {
@@ -76,8 +80,8 @@ impl Consumer {
     /// One heartbeat.
     pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
         self.announce(standing).await?;
-        let active = self.parts.keeper.with(|journal| journal.active_shared()).await?;
-        let surrendered = self.renew(active).await?;
+        let held = self.parts.keeper.with(|journal| journal.held_shared()).await?;
+        let surrendered = self.renew(held).await?;
         let gpus = self.claim_gpus(&standing.slots).await?;
         if self.is_intruded.is_none() {
             self.parts.supervisor.send(FleetHeard { gpus }).await.map_err(|_| Trouble::Gone)?;
@@ -123,28 +127,42 @@ impl Consumer {
         Ok(())
     }
 
-    /// Renews the leases and entries of this machine's shared jobs, and lets go of those that another machine has. Many
-    /// questions are on their way at once: what is taken ahead may be thousands.
-    async fn renew(&mut self, mut active: Vec<JobRecord>) -> Result<Vec<TaskId>, Trouble> {
+    /// Renews the leases and entries of this machine's shared jobs, also of those that have ended and whose result is not out,
+    /// and lets go of those that another machine has. Many questions are on their way at once: what is taken ahead may be
+    /// thousands.
+    async fn renew(&mut self, mut held: Vec<JobRecord>) -> Result<Vec<TaskId>, Trouble> {
         let fleet = self.parts.fleet.clone();
         let lease_ms = self.parts.config.redis.lease_ms();
         // Should the server fail on the way, those that are worked on have been renewed.
-        active.sort_by_key(|record| matches!(record.state, JobState::Queued | JobState::Interrupted));
-        let asked = active.iter().map(|record| {
+        held.sort_by_key(|record| matches!(record.state, JobState::Queued | JobState::Interrupted));
+        let mut newest: HashMap<TaskId, i64> = HashMap::new();
+        for record in &held {
+            let seq = newest.entry(record.task_id.clone()).or_default();
+            *seq = record.seq.max(*seq);
+        }
+        // The lease of a task is that of its latest submission.
+        let (held, older): (Vec<_>, Vec<_>) =
+            held.into_iter().partition(|record| newest.get(&record.task_id) == Some(&record.seq));
+        let asked = held.iter().map(|record| {
             let (task_id, instance) = (&record.task_id, &record.instance);
             fleet.renew(task_id, instance, record.fence, record.attempts_all(), lease_ms)
         });
         let answers: Vec<Renewed> =
             futures_util::stream::iter(asked).buffered(TOGETHER_MAX).try_collect().await?;
         let (mut entries, mut surrendered) = (Vec::new(), Vec::new());
-        for (record, answer) in active.iter().zip(answers) {
+        for (record, answer) in held.iter().zip(answers) {
             match answer {
-                Renewed::Mine => entries.extend(record.entry.clone()),
+                Renewed::Mine => {
+                    entries.extend(record.entry.clone());
+                    self.release_if_told(record).await?;
+                }
                 // A later start of this very machine: the journal has the older number.
                 Renewed::Lost { owner, fence } if owner == fleet.machine_id() && fence > record.fence => {
                     let seq = record.seq;
                     self.parts.keeper.with(move |journal| journal.set_fence(seq, fence)).await?;
                 }
+                // Nothing runs here; its result is told or fenced by its number.
+                Renewed::Lost { .. } if record.state.is_terminal() => {}
                 Renewed::Lost { owner, .. } => {
                     let message = Surrender { seq: record.seq, owner };
                     self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)?;
@@ -154,7 +172,8 @@ impl Consumer {
         }
         fleet.hold_entries(&entries).await?;
         // Entries that are gone from the queue do not matter to a job that is in the journal, but to one that waits here.
-        let waiting: Vec<_> = self.later.iter().map(|taken| taken.entry.clone()).collect();
+        let waiting = self.later.iter().map(|taken| taken.entry.clone());
+        let waiting: Vec<_> = waiting.chain(older.into_iter().filter_map(|record| record.entry)).collect();
         let gone = fleet.renew_entries(&waiting).await?;
         self.later.retain(|taken| !gone.contains(&taken.entry));
         Ok(surrendered)
@@ -177,7 +196,7 @@ impl Consumer {
         } else {
             "given back to the queue: no slot here can take it for now"
         };
-        for record in self.parts.keeper.with(|journal| journal.active_shared()).await? {
+        for record in self.parts.keeper.with(|journal| journal.held_shared()).await? {
             let is_waiting = matches!(record.state, JobState::Queued | JobState::Interrupted);
             // The CPU has slots of its own.
             let is_for_cpu = record.spec.args.device == Device::Cpu && !standing.is_drained;
@@ -191,6 +210,18 @@ impl Consumer {
                 self.parts.fleet.release(&entry).await?;
                 self.parts.fleet.let_go(&record.task_id, record.fence).await?;
             }
+        }
+        Ok(())
+    }
+
+    /// The result may have gone out, and the lease with it, between the look into the journal and the renewal.
+    async fn release_if_told(&self, record: &JobRecord) -> Result<(), Trouble> {
+        if !record.state.is_terminal() {
+            return Ok(());
+        }
+        let instance = record.instance.clone();
+        if !self.parts.keeper.with(move |journal| journal.is_result_waiting(&instance)).await? {
+            self.parts.fleet.let_go(&record.task_id, record.fence).await?;
         }
         Ok(())
     }

@@ -65,6 +65,8 @@ pub struct Parts {
     pub observer: Arc<dyn Observer>,
     /// The handle on Redis.
     pub fleet: Fleet,
+    /// Poked when Redis answers again.
+    pub redis_back: Arc<Notify>,
 }
 
 /// A way to the consumer.

@@ -5,12 +5,13 @@
 //! observer, questions to the port of the GPUs. Everything it decides is in the journal before it is done, so when it
 //! fails it is rebuilt from there. On stop of the actor the trainers stop too. Limits: one handler at a time (each waits
 //! for the journal, none blocks the thread); progress is written once a second at most; a journal that refuses is asked
-//! again every two seconds; GPUs are looked for once a minute and after a fault.
+//! again every two seconds; GPUs are looked for once a minute and after a fault; old rows go from the journal in batches.
 
 mod fleet;
 mod gpus;
 mod messages;
 mod progress;
+mod pruning;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -459,6 +460,7 @@ impl Actor for Supervisor {
         }
         self.look_first(ctx);
         ctx.run_interval(TICK, |actor, ctx| actor.tick(ctx));
+        self.prune(0, ctx);
         self.round(ctx);
     }
 }

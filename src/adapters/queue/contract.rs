@@ -21,7 +21,7 @@ fn spec(task_id: &str) -> JobSpec {
     JobSpec::load(text.as_bytes(), "test", &context).expect("valid").spec
 }
 
-fn new_job(task_id: &str) -> NewJob {
+pub(super) fn new_job(task_id: &str) -> NewJob {
     let spec = spec(task_id);
     let run_dir = spec.run_dir();
     NewJob {

@@ -140,7 +140,7 @@ impl Journal {
     }
 
     /// The connection for a change that must be on the disk, or one that need not.
-    fn writer(&mut self, is_durable: bool) -> &mut Connection {
+    pub(super) fn writer(&mut self, is_durable: bool) -> &mut Connection {
         match &mut self.soft {
             Some(soft) if !is_durable => soft,
             _ => &mut self.connection,
@@ -173,12 +173,22 @@ impl Journal {
     }
 }
 
-fn begin<'a>(connection: &'a mut Connection, what: &'static str) -> Result<Transaction<'a>, QueueError> {
+pub(super) fn begin<'a>(
+    connection: &'a mut Connection,
+    what: &'static str,
+) -> Result<Transaction<'a>, QueueError> {
     connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(sql(what))
 }
 
 fn one<T>(found: Option<Parsed<T>>) -> Result<Option<T>, QueueError> {
     found.transpose()
+}
+
+/// The fencing number of a job that no other machine can take: its time of acceptance, or more where the clock was set back
+/// since the run before. It tells a later run of a task id from an earlier one.
+fn own_fence(before: Option<&JobRecord>, now_unix_ms: i64) -> u64 {
+    let last = before.map_or(0, |before| before.fence.max(before.accepted_unix_ms.max(0) as u64));
+    (now_unix_ms.max(0) as u64).max(last + 1)
 }
 
 fn record(connection: &Connection, seq: i64) -> Result<JobRecord, QueueError> {
@@ -325,6 +335,8 @@ impl JobStore for Journal {
             .map_err(|source| QueueError::Decode { what: "queue entry", source: Some(source) })?;
         let instance =
             shared.map_or_else(|| uuid::Uuid::new_v4().to_string(), |shared| shared.instance.clone());
+        let now = now_unix_ms();
+        let fence = shared.map_or_else(|| own_fence(before.as_ref(), now), |shared| shared.fence);
         transaction
             .execute(
                 "INSERT INTO jobs (task_id, generation, source, content_sha256, spec, run_dir, state, reason, accepted, \
@@ -338,10 +350,10 @@ impl JobStore for Journal {
                     spec,
                     run_dir,
                     job.reason,
-                    now_unix_ms(),
+                    now,
                     instance,
                     entry,
-                    shared.map_or(0, |shared| shared.fence) as i64,
+                    fence as i64,
                     shared.map_or(0, |shared| shared.attempts_before),
                     job.spec.priority as i64,
                     wanted,

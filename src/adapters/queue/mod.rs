@@ -5,12 +5,15 @@
 
 #[cfg(test)]
 mod contract;
+mod due;
 pub mod journal;
 pub mod lock;
 pub mod outbox;
+pub mod prune;
 pub mod redis;
 mod rows;
 mod schema;
+mod shared;
 
 use std::path::PathBuf;
 

@@ -5,7 +5,6 @@
 //! bear. Order is kept within a lane. When [`ITEMS_MAX`] wait, those that may be dropped go, oldest first; the others
 //! (results, ends of runs) are kept whatever it costs, because there are only a few for each job.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, params};
@@ -14,8 +13,7 @@ use serde_json::Value as Json;
 use super::journal::{Journal, sql};
 use super::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
-use crate::job::delivery::{Delivery, DeliveryBody, NewDelivery, SinkName};
-use crate::job::ids::TaskId;
+use crate::job::delivery::{NewDelivery, SinkName};
 use crate::job::record::JobRecord;
 
 /// Deliveries kept unless the service is configured otherwise.
@@ -126,36 +124,6 @@ pub(super) fn withdraw(connection: &Connection, instance: &str) -> Result<(), Qu
     Ok(())
 }
 
-/// A row before its body is read.
-struct Row {
-    id: i64,
-    lane: String,
-    key: String,
-    body: String,
-    attempts: u32,
-    at_unix_ms: i64,
-    /// Fencing number of the job by now.
-    fence: Option<i64>,
-    /// The run on the tracking server, when it is known by now.
-    mlflow_run_id: Option<String>,
-}
-
-impl Row {
-    fn body(&self) -> Result<DeliveryBody, serde_json::Error> {
-        let mut body: DeliveryBody = serde_json::from_str(&self.body)?;
-        // The machine may have got a later number for the same job since; it still speaks for it.
-        if let Some(fence) = self.fence.filter(|&fence| fence > 0) {
-            body.run_mut().fence = fence as u64;
-        }
-        if let DeliveryBody::Result(result) = &mut body
-            && let Some(id) = &self.mlflow_run_id
-        {
-            result.message["mlflow_run_id"] = id.as_str().into();
-        }
-        Ok(body)
-    }
-}
-
 impl Journal {
     /// Asks `dispatcher` from now on what side services are to be told.
     pub fn set_dispatcher(&mut self, dispatcher: Dispatcher) {
@@ -167,7 +135,7 @@ impl Journal {
         self.outbox_items_max = items_max;
     }
 
-    fn quick(&self) -> &Connection {
+    pub(super) fn quick(&self) -> &Connection {
         self.soft.as_ref().unwrap_or(&self.connection)
     }
 
@@ -177,60 +145,6 @@ impl Journal {
     /// When they cannot be stored.
     pub fn put_samples(&self, instance: &str, deliveries: Vec<NewDelivery>) -> Result<(), QueueError> {
         put(self.quick(), instance, deliveries, self.outbox_items_max)
-    }
-
-    /// The first deliveries of lanes that are due now, oldest first. One that cannot be read is removed and named in the
-    /// log: an earlier version of the program may have written it.
-    ///
-    /// # Errors
-    /// When the outbox cannot be read.
-    pub fn due(&self, sink: SinkName, now_unix_ms: i64, limit: u32) -> Result<Vec<Delivery>, QueueError> {
-        let failed = sql("read the outbox");
-        let text = "SELECT id, lane, key, body, attempts, at, \
-             (SELECT fence FROM jobs WHERE jobs.instance = o.instance ORDER BY seq DESC LIMIT 1), \
-             (SELECT json_extract(notes, '$.mlflow_run_id') FROM jobs WHERE jobs.instance = o.instance \
-              ORDER BY seq DESC LIMIT 1) \
-             FROM outbox AS o WHERE sink = ?1 AND not_before <= ?2 AND id = (SELECT min(id) FROM outbox WHERE sink = ?1 AND lane = o.lane) ORDER BY id LIMIT ?3";
-        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
-        let read = |row: &rusqlite::Row<'_>| {
-            Ok(Row {
-                id: row.get(0)?,
-                lane: row.get(1)?,
-                key: row.get(2)?,
-                body: row.get(3)?,
-                attempts: row.get(4)?,
-                at_unix_ms: row.get(5)?,
-                fence: row.get(6)?,
-                mlflow_run_id: row.get(7)?,
-            })
-        };
-        let rows = statement.query_map(params![sink.as_str(), now_unix_ms, limit], read).map_err(&failed)?;
-        let mut due = Vec::new();
-        for row in rows {
-            let row = row.map_err(&failed)?;
-            let body = row.body();
-            let Row { id, lane, key, attempts, at_unix_ms, .. } = row;
-            match body {
-                Ok(body) => due.push(Delivery { id, sink, lane, key, body, attempts, at_unix_ms }),
-                Err(error) => {
-                    tracing::error!(id, key, %error, "a delivery cannot be read; it is given up");
-                    self.delivered(&[id])?;
-                }
-            }
-        }
-        Ok(due)
-    }
-
-    /// When the next delivery to a service becomes due, Unix milliseconds.
-    ///
-    /// # Errors
-    /// When the outbox cannot be read.
-    pub fn next_due(&self, sink: SinkName) -> Result<Option<i64>, QueueError> {
-        self.connection
-            .query_row("SELECT min(not_before) FROM outbox WHERE sink = ?1", [sink.as_str()], |row| {
-                row.get(0)
-            })
-            .map_err(sql("read the outbox"))
     }
 
     /// Removes deliveries that were made or are given up.
@@ -413,79 +327,5 @@ impl Journal {
             .query_row("SELECT value FROM flags WHERE name = ?1", [name], |row| row.get(0))
             .optional()
             .map_err(sql("read a flag"))
-    }
-
-    /// Records that are not terminal and came from a queue that machines share.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    pub fn active_shared(&self) -> Result<Vec<JobRecord>, QueueError> {
-        let failed = sql("read the shared jobs");
-        let text = format!(
-            "SELECT {} FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
-             AND entry IS NOT NULL ORDER BY seq",
-            super::rows::JOB_COLUMNS
-        );
-        let mut statement = self.connection.prepare_cached(&text).map_err(&failed)?;
-        let rows = statement.query_map([], super::rows::job).map_err(&failed)?;
-        rows.map(|row| row.map_err(&failed)?).collect()
-    }
-
-    /// Task ids of records that are not terminal.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    pub fn active_ids(&self) -> Result<Vec<TaskId>, QueueError> {
-        let failed = sql("read the active jobs");
-        let text = "SELECT task_id FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') ORDER BY seq";
-        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
-        let rows = statement.query_map([], |row| row.get::<_, String>(0)).map_err(&failed)?;
-        let mut ids = Vec::new();
-        for row in rows {
-            let text = row.map_err(&failed)?;
-            ids.push(text.parse().map_err(|_| QueueError::Decode { what: "task id", source: None })?);
-        }
-        Ok(ids)
-    }
-
-    /// Records by state.
-    ///
-    /// # Errors
-    /// When they cannot be counted.
-    pub fn counts(&self) -> Result<BTreeMap<String, u64>, QueueError> {
-        let failed = sql("count its jobs");
-        let mut statement = self
-            .connection
-            .prepare_cached("SELECT state, count(*) FROM jobs GROUP BY state")
-            .map_err(&failed)?;
-        let rows = statement
-            .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)? as u64)))
-            .map_err(&failed)?;
-        rows.map(|row| row.map_err(&failed)).collect()
-    }
-
-    /// Instances of the records that are not terminal, and of those that a delivery still waits about.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    pub fn live_instances(&self) -> Result<Vec<String>, QueueError> {
-        let failed = sql("read the live instances");
-        let text = "SELECT instance FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
-             UNION SELECT instance FROM outbox";
-        let mut statement = self.connection.prepare(text).map_err(&failed)?;
-        let rows = statement.query_map([], |row| row.get(0)).map_err(&failed)?;
-        rows.map(|row| row.map_err(&failed)).collect()
-    }
-
-    /// Waiting records that could be started now, were there slots.
-    ///
-    /// # Errors
-    /// When they cannot be counted.
-    pub fn count_due(&self, now_unix_ms: i64) -> Result<usize, QueueError> {
-        let text = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'interrupted') AND not_before <= ?1";
-        let mut statement = self.connection.prepare_cached(text).map_err(sql("count its jobs"))?;
-        let count: i64 =
-            statement.query_row([now_unix_ms], |row| row.get(0)).map_err(sql("count its jobs"))?;
-        Ok(count.max(0) as usize)
     }
 }

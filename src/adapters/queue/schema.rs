@@ -67,13 +67,15 @@ CREATE TABLE commands (
 );
 ";
 
-/// Tables that came later without changing the others: made when missing, unknown to earlier programs and no harm to
-/// them.
+/// Tables and indexes that came later without changing the others: made when missing, unknown to earlier programs and no
+/// harm to them.
 pub(super) const CREATE_LATER: &str = "
 CREATE TABLE IF NOT EXISTS board (
     id      INTEGER PRIMARY KEY CHECK (id = 1),
     slots   TEXT NOT NULL
 );
+CREATE INDEX IF NOT EXISTS jobs_by_end ON jobs (finished);
+CREATE INDEX IF NOT EXISTS outbox_by_instance ON outbox (instance);
 ";
 
 /// Version 2: jobs that machines share, the state `moved`, what scheduling needs without reading a specification, and

@@ -66,6 +66,22 @@ pub struct ServiceConfig {
     pub mlflow: MlflowConfig,
     /// What waits for delivery to them.
     pub outbox: OutboxConfig,
+    /// What is remembered.
+    pub journal: JournalConfig,
+}
+
+/// How long the journal remembers what has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JournalConfig {
+    /// Days after its end that a job is kept; 0 for ever.
+    pub keep_days: u32,
+}
+
+impl JournalConfig {
+    /// The same in milliseconds.
+    pub fn keep_ms(self) -> i64 {
+        i64::from(self.keep_days) * 24 * 3_600_000
+    }
 }
 
 /// When the watched folders are read and files are taken; all in milliseconds.
@@ -164,6 +180,7 @@ impl Default for ServiceConfig {
             store: StoreConfig::default(),
             mlflow: MlflowConfig::default(),
             outbox: OutboxConfig::default(),
+            journal: JournalConfig { keep_days: 90 },
         }
     }
 }
@@ -339,6 +356,12 @@ impl ServiceConfig {
             self.logging.read(&mut block, faults);
             block.finish(faults);
         }
+        if let Some(mut block) = block(reader, "journal", faults) {
+            let mut days = u64::from(self.journal.keep_days);
+            whole(&mut block, "keep_days", &mut days, 0, 36_500, faults);
+            self.journal.keep_days = days as u32;
+            block.finish(faults);
+        }
     }
 }
 
@@ -482,7 +505,8 @@ mod tests {
         std::fs::write(
             &path,
             "configs_dir: c\nslots: {cpu: 3}\nretry: {killed: {budget: 9, delay_seconds: 0.05}}\nbase: {train: {epochs: 2}}\n\
-             data_path_map: {/d/: /e/}\nstop: {honour_stale: yes, grace_seconds: 1.5}\ntrainer: {program: /bin/x}\n",
+             data_path_map: {/d/: /e/}\nstop: {honour_stale: yes, grace_seconds: 1.5}\ntrainer: {program: /bin/x}\n\
+             journal: {keep_days: 7}\n",
         )
         .expect("writable");
         let config = ServiceConfig::load(Some(&path), |_| None).expect("valid");
@@ -492,6 +516,7 @@ mod tests {
             (9, 50)
         );
         assert_eq!(config.stop_dir(), Path::new("c/stop"));
+        assert_eq!(config.journal.keep_ms(), 7 * 24 * 3_600_000);
         assert_eq!(config.data_path_map, [("/d/".to_owned(), "/e/".to_owned())]);
         assert!(config.base.is_some() && config.trainer_program == Some("/bin/x".into()));
         assert_eq!(config.gpus, GpuChoice::All);

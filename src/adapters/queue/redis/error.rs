@@ -213,6 +213,7 @@ impl FleetError {
                 "MASTERDOWN",
                 "CLUSTERDOWN",
                 "BUSY ",
+                "max number of clients",
             ]
             .iter()
             .any(|word| says(word)) =>

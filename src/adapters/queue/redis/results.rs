@@ -139,6 +139,15 @@ impl Fleet {
         self.command("look for a result", cmd("EXISTS").arg(self.keys().seen(instance))).await
     }
 
+    /// False when the key of the results holds something that is no stream: no result can be published.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn has_results_stream(&self) -> Result<bool, FleetError> {
+        let kind: String = self.command("type of the results", cmd("TYPE").arg(&self.keys().results)).await?;
+        Ok(matches!(kind.as_str(), "stream" | "none"))
+    }
+
     /// Notes the metrics of an epoch in the history of its task; a second note of the epoch replaces the first.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use super::error::StoreError;
 use super::{BucketName, ObjectKey, ObjectStore, blocking, hex};
 use crate::adapters::sink::{DeliveryError, Receipt, Sink};
-use crate::job::delivery::{Delivery, DeliveryBody, FilesBody, FilesMoment, SinkName};
+use crate::job::delivery::{Delivery, DeliveryBody, FilesBody, FilesMoment, SinkName, is_shared_instance};
 use crate::job::service::StoreConfig;
 
 pub use choose::{Policy, verifies};
@@ -202,9 +202,17 @@ impl StoreSink {
     }
 }
 
-/// A manifest of the same run by a later owner ends this one's deliveries.
+/// A manifest of the same run by a later owner, or of a later run of the task, ends this one's deliveries. Numbers are compared
+/// only where one clock gave them out: Redis for the instances of a shared queue, the machine for its own jobs. Otherwise
+/// whoever comes later replaces what is there.
 fn fence(body: &FilesBody, there: Option<&Manifest>) -> Result<(), DeliveryError> {
-    match there.filter(|there| there.fence > body.run.fence) {
+    let run = &body.run;
+    let is_of_one_clock = |there: &&Manifest| {
+        let (ours, theirs) = (is_shared_instance(&run.instance), is_shared_instance(&there.instance));
+        let is_own = !ours && !theirs && there.machine_id == run.machine_id;
+        there.instance == run.instance || ours && theirs || is_own
+    };
+    match there.filter(is_of_one_clock).filter(|there| there.fence > run.fence) {
         Some(there) => Err(DeliveryError::Fenced { owner: there.machine_id.clone(), fence: there.fence }),
         None => Ok(()),
     }
@@ -225,5 +233,51 @@ impl Sink for StoreSink {
             DeliveryBody::Files(body) => self.send(body).await,
             _ => Err(DeliveryError::Refused { what: "the store takes files only".into(), source: None }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::delivery::RunRef;
+
+    fn body(instance: &str, machine: &str, fence: u64) -> FilesBody {
+        FilesBody {
+            run: RunRef {
+                task_id: "t".parse().expect("an id"),
+                instance: instance.into(),
+                study_name: "s".into(),
+                version: None,
+                trial_number: 1,
+                kind: "yolo".into(),
+                run_dir: "/r".into(),
+                fence,
+                machine_id: machine.into(),
+            },
+            moment: FilesMoment::Checkpoint,
+            status: "running".into(),
+            epoch: 1,
+            step: 1,
+            metrics: serde_json::Map::new(),
+            fitness: None,
+            fitness_name: "fitness".into(),
+            val_fingerprint: None,
+        }
+    }
+
+    #[test]
+    fn only_numbers_of_one_clock_fence() {
+        let is_fenced = |there: FilesBody, late: FilesBody| {
+            let there = Manifest::of(&there, None, 0);
+            matches!(fence(&late, Some(&there)), Err(DeliveryError::Fenced { fence: 9, .. }))
+        };
+        assert!(is_fenced(body("q/1-0", "a", 9), body("q/1-0", "b", 8)), "the same run, an earlier owner");
+        assert!(is_fenced(body("q/2-0", "a", 9), body("q/1-0", "b", 8)), "an earlier submission");
+        assert!(is_fenced(body("u2", "a", 9), body("u1", "a", 8)), "an earlier run on the same machine");
+        assert!(!is_fenced(body("u1", "a", 9), body("u2", "b", 8)), "a machine whose clock is slow");
+        assert!(!is_fenced(body("q/1-0", "a", 9), body("u2", "a", 8)), "the clock of Redis is ahead");
+        assert!(!is_fenced(body("u1", "a", 9), body("q/1-0", "a", 8)), "the clock of Redis is slow");
+        assert!(!is_fenced(body("u1", "a", 9), body("u2", "a", 10)), "a later run");
+        assert!(fence(&body("u1", "a", 1), None).is_ok());
     }
 }
