@@ -2,10 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
+use sha2::{Digest, Sha256};
 
 use crate::adapters::store::error::StoreError;
 use crate::adapters::store::names::fault_of_path;
-use crate::adapters::store::{BucketName, ObjectKey, ObjectStore, found};
+use crate::adapters::store::{BucketName, Expected, ObjectKey, ObjectStore, Versioned, found, hex};
 use crate::job::delivery::{FilesBody, RunRef};
 
 /// Version of the form of manifests.
@@ -183,16 +184,67 @@ pub fn manifest_key(prefix: &ObjectKey) -> Result<ObjectKey, StoreError> {
     prefix.join(NAME)
 }
 
-/// The bytes of a run's manifest, when there is one.
+/// What lies at the key of a run's manifest.
+#[derive(Debug)]
+pub struct There {
+    /// The manifest, when there is one that can be read.
+    pub manifest: Option<Manifest>,
+    /// Why the one that is there cannot be read.
+    pub fault: Option<String>,
+    /// SHA-256 of what is there, hexadecimal.
+    pub sha256: Option<String>,
+    object: Option<Versioned>,
+}
+
+impl There {
+    /// What has to be there still when the manifest is written.
+    pub fn expected(&self) -> Expected<'_> {
+        match &self.object {
+            None => Expected::Nothing,
+            Some(object) => object.version.as_deref().map_or(Expected::Anything, Expected::Version),
+        }
+    }
+
+    /// A manifest of a later owner ends what this one does.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`].
+    pub fn fence(&self, fence: u64) -> Result<(), StoreError> {
+        match self.manifest.as_ref().filter(|there| there.fence > fence) {
+            Some(there) => Err(StoreError::Fenced { owner: there.machine_id.clone(), fence: there.fence }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Looks at the key of a run's manifest.
 ///
 /// # Errors
 /// [`StoreError`].
-pub async fn read_bytes(
+pub async fn read_manifest(
     store: &dyn ObjectStore,
     bucket: &BucketName,
     prefix: &ObjectKey,
-) -> Result<Option<Vec<u8>>, StoreError> {
-    found(store.get_bytes(bucket, &manifest_key(prefix)?, BYTES_MAX).await)
+) -> Result<There, StoreError> {
+    let object = found(store.get_versioned(bucket, &manifest_key(prefix)?, BYTES_MAX).await)?;
+    let parsed = object.as_ref().map(|object| Manifest::parse(&object.bytes, prefix));
+    let (manifest, fault) = match parsed.transpose() {
+        Ok(manifest) => (manifest, None),
+        Err(reason) => (None, Some(reason)),
+    };
+    let sha256 = object.as_ref().map(|object| hex(&Sha256::digest(&object.bytes)));
+    Ok(There { manifest, fault, sha256, object })
+}
+
+/// The text of a manifest.
+///
+/// # Errors
+/// [`StoreError::Refused`].
+pub fn text_of(manifest: &Manifest, prefix: &ObjectKey) -> Result<Vec<u8>, StoreError> {
+    serde_json::to_vec_pretty(manifest).map_err(|error| StoreError::Refused {
+        what: format!("write the manifest of {prefix}"),
+        source: Some(Box::new(error)),
+    })
 }
 
 #[cfg(test)]

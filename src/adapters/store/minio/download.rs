@@ -15,7 +15,7 @@ use super::upload::io;
 use super::{MinioStore, Seen};
 use crate::adapters::store::error::StoreError;
 use crate::adapters::store::local::Arriving;
-use crate::adapters::store::{BucketName, ObjectHead, ObjectKey, blocking, hex};
+use crate::adapters::store::{BucketName, ObjectHead, ObjectKey, Versioned, blocking, hex};
 
 /// Longest silence of a server that sends an object.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -116,7 +116,7 @@ impl MinioStore {
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Versioned, StoreError> {
         let mut tries = 0;
         loop {
             match self.read_once(bucket, key, bytes_max).await {
@@ -131,7 +131,7 @@ impl MinioStore {
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Versioned, StoreError> {
         let seen = self.look(bucket, key).await?;
         let bytes = seen.head.bytes;
         if bytes > bytes_max {
@@ -139,7 +139,7 @@ impl MinioStore {
         }
         let mut taker = ToMemory(Vec::with_capacity(bytes as usize));
         self.transfer(bucket, key, &seen, &mut taker).await?;
-        Ok(taker.0)
+        Ok(Versioned { bytes: taker.0, version: seen.head.etag })
     }
 
     pub(super) async fn hash_of(&self, bucket: &BucketName, key: &ObjectKey) -> Result<String, StoreError> {
