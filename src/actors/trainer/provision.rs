@@ -183,7 +183,9 @@ async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
 }
 
 fn say_restored(task_id: &str, restored: Option<&Restored>, left_by: Option<&str>) {
-    let Some(restored) = restored.filter(|restored| left_by.is_some() || restored.checkpoint.is_some()) else {
+    let is_something =
+        |restored: &&Restored| left_by.is_some() || restored.checkpoint.is_some() || restored.files > 0;
+    let Some(restored) = restored.filter(is_something) else {
         tracing::info!(task_id, "the store has nothing of this run; it starts from its beginning");
         return;
     };

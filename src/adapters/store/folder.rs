@@ -12,6 +12,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -21,7 +22,8 @@ use sha2::{Digest, Sha256};
 use super::error::StoreError;
 use super::local::{Arriving, FileIdentity, read_through, sync_folder, write_whole};
 use super::{
-    BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned, blocking, hex,
+    BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned,
+    blocking, hex,
 };
 
 /// Where objects wait until they are whole. No bucket has such a name.
@@ -42,6 +44,9 @@ const INCOMING_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 const DEPTH_MAX: usize = 64;
 /// Bytes of a checksum file.
 const SUM_BYTES_MAX: u64 = 4096;
+
+/// A missing lock is said once.
+static NO_LOCKS: Once = Once::new();
 
 /// A store of files.
 #[derive(Debug, Clone)]
@@ -166,7 +171,13 @@ impl FolderStore {
             match file.try_lock() {
                 Ok(()) => return Ok(Some(file)),
                 Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
-                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => return Ok(None),
+                Err(TryLockError::Error(error)) if has_no_locks(&error) => {
+                    NO_LOCKS.call_once(|| {
+                        let folder = folder.display();
+                        tracing::warn!(%folder, %error, "the store's file system has no locks: manifests are guarded by a look only");
+                    });
+                    return Ok(None);
+                }
                 Err(TryLockError::Error(error)) => return Err(fault("lock", &path)(error)),
             }
         }
@@ -308,6 +319,10 @@ impl FolderStore {
             }
         }
     }
+}
+
+fn has_no_locks(error: &std::io::Error) -> bool {
+    error.kind() == ErrorKind::Unsupported || error.raw_os_error() == Some(libc::ENOLCK)
 }
 
 fn hash_of(file: &File, path: &Path, bytes: u64) -> Result<String, StoreError> {

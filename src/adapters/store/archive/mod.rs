@@ -30,7 +30,8 @@ use crate::job::service::StoreConfig;
 pub use choose::{Policy, verifies};
 pub use claim::{Claimed, claim};
 pub use manifest::{
-    Manifest, ManifestFile, Role, There, checkpoint_iteration, manifest_key, prefix_of, read_manifest, run_prefix,
+    Manifest, ManifestFile, Role, There, checkpoint_iteration, manifest_key, prefix_of, read_manifest,
+    run_prefix,
 };
 pub use promote::Pointer;
 

@@ -49,12 +49,7 @@ pub(super) struct Sending<'a> {
 }
 
 impl<'a> Sending<'a> {
-    pub(super) fn new(
-        sink: &'a StoreSink,
-        prefix: &'a ObjectKey,
-        there: There,
-        body: &FilesBody,
-    ) -> Self {
+    pub(super) fn new(sink: &'a StoreSink, prefix: &'a ObjectKey, there: There, body: &FilesBody) -> Self {
         let mut sending = Self {
             store: sink.store.as_ref(),
             bucket: &sink.bucket,

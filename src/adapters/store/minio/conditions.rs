@@ -86,7 +86,9 @@ impl MinioStore {
             (Expected::Nothing, _) => answer_of(send(condition("If-None-Match", "*")).await)?,
             (Expected::Version(version), known) => {
                 let first = match known {
-                    Known::NotYet => self.conditions.told(send(condition("If-Match", &quoted(NEVER))).await)?,
+                    Known::NotYet => {
+                        self.conditions.told(send(condition("If-Match", &quoted(NEVER))).await)?
+                    }
                     _ => Answer::Unexpected,
                 };
                 match first {

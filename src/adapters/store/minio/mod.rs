@@ -29,9 +29,9 @@ use super::error::StoreError;
 use super::{
     BucketName, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned, found, hex,
 };
-use conditions::Conditions;
 use crate::job::secret::Secret;
 use crate::job::service::StoreConfig;
+use conditions::Conditions;
 
 /// Where the SHA-256 of an object is kept.
 const SHA256_NAME: &str = "sha256";
