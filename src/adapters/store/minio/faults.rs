@@ -174,7 +174,8 @@ pub(super) fn is_unexpected(error: &StoreError) -> bool {
 
 /// True when the server does not take a request with a condition.
 pub(super) fn is_not_taken(error: &StoreError) -> bool {
-    let codes = ["NotImplemented", "HTTP 501", "InvalidRequest", "InvalidArgument", "HTTP 400"];
+    let codes =
+        ["NotImplemented", "MethodNotAllowed", "HTTP 501", "InvalidRequest", "InvalidArgument", "HTTP 400"];
     is_code(error, &codes)
 }
 
