@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use boxwright::adapters::store::{Expected, ObjectStore};
+use boxwright::adapters::store::Expected;
 use boxwright::job::secret::Secret;
 use boxwright::job::service::StoreConfig;
 

@@ -9,10 +9,9 @@
 //!
 //! One limit comes from file systems: `a` and `a/b` cannot both be objects.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -21,6 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
 use super::local::{Arriving, FileIdentity, read_through, sync_folder, write_whole};
+use super::lock::lock_key;
 use super::{
     BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned,
     blocking, hex,
@@ -30,23 +30,12 @@ use super::{
 const INCOMING: &str = ".incoming";
 /// Where checksums lie.
 const SUMS: &str = ".sha256";
-/// Where locks lie; a file may stand for several keys.
-const LOCKS: &str = ".locks";
-/// Files of locks.
-const LOCKS_MAX: u8 = 64;
-/// A lock is asked for so often, [`LOCK_PAUSE`] apart: whoever has one holds it for one small object.
-const LOCK_TRIES_MAX: u32 = 1_000;
-/// Between two tries.
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// What an interrupted process left is removed when it is this old.
 const INCOMING_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Folders inside folders that a list follows.
 const DEPTH_MAX: usize = 64;
 /// Bytes of a checksum file.
 const SUM_BYTES_MAX: u64 = 4096;
-
-/// A missing lock is said once.
-static NO_LOCKS: Once = Once::new();
 
 /// A store of files.
 #[derive(Debug, Clone)]
@@ -147,7 +136,7 @@ impl FolderStore {
         bytes: &[u8],
         expected: Option<&str>,
     ) -> Result<Option<ObjectHead>, StoreError> {
-        let _lock = self.lock(bucket, key)?;
+        let _lock = lock_key(&self.root, bucket, key)?;
         let here = match self.opened(bucket, key) {
             Ok((file, metadata)) => Some(hash_of(&file, &self.path(bucket, key), metadata.len())?),
             Err(StoreError::Missing { .. }) => None,
@@ -157,31 +146,6 @@ impl FolderStore {
             return Ok(None);
         }
         self.put_small(bucket, key, bytes).map(Some)
-    }
-
-    /// The lock of a key, let go with the value. `None` on a file system that has no locks.
-    fn lock(&self, bucket: &BucketName, key: &ObjectKey) -> Result<Option<File>, StoreError> {
-        let folder = self.root.join(LOCKS);
-        fs::create_dir_all(&folder).map_err(fault("make", &folder))?;
-        let number = Sha256::digest(format!("{bucket}/{key}"))[0] % LOCKS_MAX;
-        let path = folder.join(number.to_string());
-        let opened = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = opened.map_err(fault("open", &path))?;
-        for _ in 0..LOCK_TRIES_MAX {
-            match file.try_lock() {
-                Ok(()) => return Ok(Some(file)),
-                Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
-                Err(TryLockError::Error(error)) if has_no_locks(&error) => {
-                    NO_LOCKS.call_once(|| {
-                        let folder = folder.display();
-                        tracing::warn!(%folder, %error, "the store's file system has no locks: manifests are guarded by a look only");
-                    });
-                    return Ok(None);
-                }
-                Err(TryLockError::Error(error)) => return Err(fault("lock", &path)(error)),
-            }
-        }
-        Err(StoreError::Unavailable { what: format!("lock {}", path.display()), source: None })
     }
 
     fn keep_sum(
@@ -321,10 +285,6 @@ impl FolderStore {
     }
 }
 
-fn has_no_locks(error: &std::io::Error) -> bool {
-    error.kind() == ErrorKind::Unsupported || error.raw_os_error() == Some(libc::ENOLCK)
-}
-
 fn hash_of(file: &File, path: &Path, bytes: u64) -> Result<String, StoreError> {
     let mut hash = Sha256::new();
     read_through(file, path, bytes, |_, piece| {
@@ -349,7 +309,7 @@ fn link_same(file: &LocalFile, target: &Path) -> Result<bool, StoreError> {
 }
 
 /// The error of a file of the store, in the store's words.
-fn fault(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
+pub(super) fn fault(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
     let path = path.to_owned();
     move |source| unlocal(StoreError::LocalFile { action: what, path, source })
 }

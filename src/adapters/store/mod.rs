@@ -15,6 +15,7 @@ pub mod archive;
 pub mod error;
 pub mod folder;
 pub mod local;
+mod lock;
 pub mod minio;
 pub mod names;
 pub mod restore;
