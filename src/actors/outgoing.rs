@@ -29,6 +29,11 @@ pub fn dispatcher(config: Arc<ServiceConfig>) -> Dispatcher {
 
 /// How a run is named to side services.
 pub fn run_ref(config: &ServiceConfig, record: &JobRecord) -> RunRef {
+    run_of(&config.machine_id, record)
+}
+
+/// The same by the name of this machine.
+pub fn run_of(machine_id: &str, record: &JobRecord) -> RunRef {
     RunRef {
         task_id: record.task_id.clone(),
         instance: record.instance.clone(),
@@ -39,7 +44,7 @@ pub fn run_ref(config: &ServiceConfig, record: &JobRecord) -> RunRef {
         run_dir: record.run_dir.clone(),
         // Jobs of this machine alone had no number in earlier versions.
         fence: if record.fence == 0 { record.accepted_unix_ms.max(0) as u64 } else { record.fence },
-        machine_id: config.machine_id.clone(),
+        machine_id: machine_id.to_owned(),
     }
 }
 
@@ -185,6 +190,7 @@ fn files(
         run: run_ref(config, record),
         moment,
         status: if is_end { record.state.to_string() } else { "running".to_owned() },
+        // What the checkpoint that is sent says of itself counts more: it may be a newer one by then.
         epoch: epochs.filter(|_| is_end).unwrap_or_else(|| count("epoch")) as u32,
         step: count("step"),
         metrics: if is_end {

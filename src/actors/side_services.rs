@@ -113,7 +113,12 @@ impl Handles {
     pub fn supply(&self, config: &ServiceConfig) -> Result<Option<Supply>, SideServiceError> {
         let Some(store) = &self.store else { return Ok(None) };
         let bucket = BucketName::new(&config.store.bucket).map_err(SideServiceError::Store)?;
-        Ok(Some(Supply { store: store.clone(), bucket, datasets_dir: config.store.datasets_dir.clone() }))
+        Ok(Some(Supply {
+            store: store.clone(),
+            bucket,
+            datasets_dir: config.store.datasets_dir.clone(),
+            machine_id: config.machine_id.clone(),
+        }))
     }
 
     fn nudge(&self, name: SinkName) -> Arc<Notify> {

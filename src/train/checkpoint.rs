@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -280,6 +281,30 @@ pub fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
     }
     let bytes = fs::read(path).map_err(read)?;
     parse(&bytes).map_err(damaged)
+}
+
+/// How far a run was at a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Position {
+    /// Epochs finished.
+    pub epoch: u32,
+    /// Optimiser steps taken.
+    pub step: u64,
+}
+
+/// How far a run was, by the header of a checkpoint file; its arrays are neither read nor verified. `None` for a file that
+/// has no such header.
+pub fn position(file: &fs::File) -> Option<Position> {
+    let mut length = [0u8; 8];
+    file.read_exact_at(&mut length, 0).ok()?;
+    let length = usize::try_from(u64::from_le_bytes(length)).ok()?;
+    if length > HEADER_BYTES_MAX || length as u64 > file.metadata().ok()?.len() {
+        return None;
+    }
+    let mut header = vec![0; length];
+    file.read_exact_at(&mut header, 8).ok()?;
+    let header: serde_json::Value = serde_json::from_slice(&header).ok()?;
+    serde_json::from_str(header["__metadata__"]["progress"].as_str()?).ok()
 }
 
 /// Verifies the trailer and takes the parts out; the error says what was seen.

@@ -166,3 +166,16 @@ proptest! {
         prop_assert!(damaged);
     }
 }
+
+#[test]
+fn the_header_says_how_far_the_run_was() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("a.ckpt");
+    save(&path, &borrow(&sample(1))).expect("saves");
+    let open = || fs::File::open(&path).expect("opens");
+    assert_eq!(position(&open()), Some(Position { epoch: 3, step: 77 }));
+    for other in ["", "x", "another file of more than eight bytes", "\u{5}\0\0\0\0\0\0\0{\"a\"}"] {
+        fs::write(&path, other).expect("writes");
+        assert_eq!(position(&open()), None, "{other:?}");
+    }
+}

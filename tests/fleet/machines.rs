@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use boxwright::adapters::store::{self, BucketName, ObjectKey};
 use boxwright::job::state::JobState;
 use redis::Commands;
+use serde_json::Value as Json;
 
 use crate::park::{BEAT_MS, Park, stub_job};
+use crate::real::verified;
 use crate::servers::proxy::{Fault, Proxy};
 
 #[test]
@@ -72,6 +75,67 @@ fn a_machine_cut_off_for_longer_than_the_lease_is_fenced_when_it_comes_back() {
         (Some("completed"), Some("other"))
     );
     assert_eq!(cut.stub("a", "steps").lines().count(), stopped_at, "its trainer is gone");
+    for world in [&mut cut, &mut other] {
+        world.end_service(libc::SIGTERM);
+    }
+}
+
+/// The store is reached by both all the time. The second machine sends nothing before the end of the job.
+#[test]
+fn a_machine_that_is_cut_off_changes_nothing_in_the_store_from_the_takeover_on() {
+    let Some(mut park) = Park::with_store() else { return };
+    let proxy = Proxy::tcp(([127, 0, 0, 1], park.redis.port()).into());
+    let url = format!("redis://{}", proxy.address());
+    let mut cut = park.machine_at("cut", &url);
+    park.upload_interval = 3600.0;
+    let mut other = park.machine("other");
+    let config = park.store.as_ref().expect("is there").config();
+    let store = store::open(&config).expect("opens").expect("a store");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let models = BucketName::new("models").expect("a bucket");
+    let manifest = || -> Option<Json> {
+        let key = ObjectKey::new("default/a/manifest.json").expect("a key");
+        let text = runtime.block_on(store.get_bytes(&models, &key, 1 << 20)).ok()?;
+        // The small S3 server shows half of what is being written.
+        serde_json::from_slice(&text).ok()
+    };
+    let objects = || runtime.block_on(store.list(&models, "default/a/", 1000)).expect("listed");
+
+    cut.start();
+    park.push(&[("config", &stub_job("a", "steps=300,pause=0.05"))]);
+    let first = cut.wait("a stored checkpoint of a later step", || {
+        manifest().filter(|there| there["step"].as_u64().is_some_and(|step| step > 3))
+    });
+    other.start();
+    other.wait_log("takes jobs from");
+    proxy.set(Fault::BlackHole);
+    other.wait_steps("a", 1);
+    let claimed = manifest().expect("a manifest");
+    let told = |there: &Json| {
+        let text = |name: &str| there[name].as_str().unwrap_or_default().to_owned();
+        (text("machine_id"), text("status"), there["fence"].as_u64().unwrap_or(0))
+    };
+    let fence = other.record("a").expect("its job").fence;
+    assert_eq!(told(&claimed), ("other".into(), "running".into(), fence), "{claimed}");
+    assert!(fence > first["fence"].as_u64().expect("a number"));
+    let kinds = |there: &Json| there["files"].as_array().expect("a list").len();
+    assert!(kinds(&claimed) >= kinds(&first), "{claimed}");
+    // The one that is cut off goes on, and sends; it hears from the store whose the run is.
+    cut.wait_log("is not sent: ");
+    let there = objects();
+    let before = cut.stub("a", "steps").lines().count();
+    cut.wait_steps("a", before + 10);
+    assert_eq!(cut.record("a").map(|record| record.state), Some(JobState::Running));
+    assert_eq!((manifest().expect("a manifest"), objects()), (claimed, there));
+    proxy.set(Fault::None);
+    cut.wait_state("a", JobState::Moved);
+    let result = park.wait_result(&other, "a");
+    assert_eq!(
+        (result["status"].as_str(), result["machine_id"].as_str()),
+        (Some("completed"), Some("other"))
+    );
+    let whole = other.wait("the whole run in the store", || runtime.block_on(verified(&*store, "a")));
+    assert_eq!(told(&whole), ("other".into(), "completed".into(), fence), "{whole}");
     for world in [&mut cut, &mut other] {
         world.end_service(libc::SIGTERM);
     }

@@ -14,9 +14,14 @@ use crate::world::World;
 /// Heartbeats of the tests, milliseconds: a machine is dead after three.
 pub const BEAT_MS: u64 = 300;
 
+/// Seconds between two uploads of a running job.
+const UPLOAD_INTERVAL: f64 = 0.2;
+
 pub struct Park {
     pub redis: RedisServer,
     pub store: Option<S3Server>,
+    /// Seconds between two uploads of a running job of machines that are made from now on.
+    pub upload_interval: f64,
     /// What every machine's configuration has beside the rest.
     pub more: String,
 }
@@ -24,7 +29,12 @@ pub struct Park {
 impl Park {
     /// With Redis alone; `None` where there is none.
     pub fn new() -> Option<Self> {
-        Some(Self { redis: RedisServer::start_durable()?, store: None, more: String::new() })
+        Some(Self {
+            redis: RedisServer::start_durable()?,
+            store: None,
+            upload_interval: UPLOAD_INTERVAL,
+            more: String::new(),
+        })
     }
 
     /// With an object store beside it.
@@ -40,7 +50,8 @@ impl Park {
         // The later of two words counts.
         let host = host.to_string();
         let words = [&words[..], &["127.0.0.1", &host]].concat();
-        Some(Self { redis: RedisServer::start_with(&words)?, store: Some(store), more: String::new() })
+        let redis = RedisServer::start_with(&words)?;
+        Some(Self { redis, store: Some(store), upload_interval: UPLOAD_INTERVAL, more: String::new() })
     }
 
     /// A machine of the fleet that is not started yet.
@@ -64,9 +75,9 @@ impl Park {
                 "outbox: {delay_seconds: 0.1, delay_seconds_max: 0.5}\n"
             },
             if endpoint.is_some() {
-                "store: {upload_interval_seconds: 0.2}\n"
+                format!("store: {{upload_interval_seconds: {}}}\n", self.upload_interval)
             } else {
-                "store: {folder: null}\n"
+                "store: {folder: null}\n".to_owned()
             },
             self.more
         ));

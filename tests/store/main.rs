@@ -7,6 +7,8 @@ mod s3;
 mod archive;
 mod contract;
 mod faults;
+mod owners;
+mod plain;
 mod proxy;
 mod stage;
 

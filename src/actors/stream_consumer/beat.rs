@@ -130,32 +130,30 @@ impl Consumer {
     /// Renews the leases and entries of this machine's shared jobs, also of those that have ended and whose result is not out,
     /// and lets go of those that another machine has. Many questions are on their way at once: what is taken ahead may be
     /// thousands.
-    async fn renew(&mut self, held: Vec<JobRecord>) -> Result<Vec<TaskId>, Trouble> {
+    async fn renew(&mut self, mut held: Vec<JobRecord>) -> Result<Vec<TaskId>, Trouble> {
         let fleet = self.parts.fleet.clone();
         let lease_ms = self.parts.config.redis.lease_ms();
-        let mut newest: HashMap<TaskId, i64> = HashMap::new();
-        for record in &held {
-            let seq = newest.entry(record.task_id.clone()).or_default();
-            *seq = record.seq.max(*seq);
-        }
-        let (mut held, earlier): (Vec<_>, Vec<_>) =
-            held.into_iter().partition(|record| newest.get(&record.task_id) == Some(&record.seq));
-        // Their leases are those of later submissions by now. Elements of lists need no sign of life but the machine's.
-        let earlier = earlier.into_iter().filter_map(|record| record.entry).filter(|entry| !entry.is_list);
-        let mut entries: Vec<_> = earlier.collect();
         // Should the server fail on the way, those that are worked on have been renewed.
         held.sort_by_key(|record| match record.state {
             JobState::Queued | JobState::Interrupted => 1,
             state if state.is_terminal() => 2,
             _ => 0,
         });
+        let mut newest: HashMap<TaskId, i64> = HashMap::new();
+        for record in &held {
+            let seq = newest.entry(record.task_id.clone()).or_default();
+            *seq = record.seq.max(*seq);
+        }
+        // The lease of a task is that of its latest submission.
+        let (held, older): (Vec<_>, Vec<_>) =
+            held.into_iter().partition(|record| newest.get(&record.task_id) == Some(&record.seq));
         let asked = held.iter().map(|record| {
             let (task_id, instance) = (&record.task_id, &record.instance);
             fleet.renew(task_id, instance, record.fence, record.attempts_all(), lease_ms)
         });
         let answers: Vec<Renewed> =
             futures_util::stream::iter(asked).buffered(TOGETHER_MAX).try_collect().await?;
-        let mut surrendered = Vec::new();
+        let (mut entries, mut surrendered) = (Vec::new(), Vec::new());
         for (record, answer) in held.iter().zip(answers) {
             match answer {
                 Renewed::Mine if self.is_told(record).await? => {
@@ -178,7 +176,8 @@ impl Consumer {
         }
         fleet.hold_entries(&entries).await?;
         // Entries that are gone from the queue do not matter to a job that is in the journal, but to one that waits here.
-        let waiting: Vec<_> = self.later.iter().map(|taken| taken.entry.clone()).collect();
+        let waiting = self.later.iter().map(|taken| taken.entry.clone());
+        let waiting: Vec<_> = waiting.chain(older.into_iter().filter_map(|record| record.entry)).collect();
         let gone = fleet.renew_entries(&waiting).await?;
         self.later.retain(|taken| !gone.contains(&taken.entry));
         Ok(surrendered)

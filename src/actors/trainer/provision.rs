@@ -10,9 +10,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Control;
 use crate::actors::endings::Ending;
-use crate::adapters::store::restore::restore;
+use crate::actors::outgoing::run_of;
+use crate::adapters::store::archive::claim;
+use crate::adapters::store::restore::{Restored, restore};
 use crate::adapters::store::stage::{dataset_ref, stage};
 use crate::adapters::store::{BucketName, ObjectStore, StoreError};
+use crate::job::delivery::is_shared_instance;
 use crate::job::record::JobRecord;
 use crate::job::state::FailureClass;
 
@@ -30,6 +33,8 @@ pub struct Supply {
     pub bucket: BucketName,
     /// Where datasets are staged.
     pub datasets_dir: PathBuf,
+    /// The name of this machine in the fleet.
+    pub machine_id: String,
 }
 
 impl std::fmt::Debug for Supply {
@@ -142,36 +147,17 @@ async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> 
     Ok(Provided { data: Some(staged.path.to_string_lossy().into_owned()) })
 }
 
-/// Brings the run folder back. A store that stays silent is waited for only when the work of other machines would be
-/// lost, and not for ever.
+/// Claims the run in the store and brings its folder back. A store that stays silent is waited for only when the work of
+/// other machines would be lost, and not for ever.
 async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
-    let (spec, id) = (&record.spec, record.task_id.as_str());
+    let id = record.task_id.as_str();
     let until = Instant::now() + RESTORE_LIMIT;
     let mut was_said = false;
+    let mut ownership = Ownership::default();
     loop {
-        let restored =
-            restore(&*supply.store, &supply.bucket, &spec.study_name, id, &record.instance, &record.run_dir)
-                .await;
-        match restored {
-            Ok(Some(restored)) => {
-                for problem in &restored.problems {
-                    tracing::warn!(task_id = id, "from the store: {problem}");
-                }
-                let checkpoint = restored.checkpoint.as_deref().and_then(Path::file_name);
-                let checkpoint = checkpoint.map(|name| name.to_string_lossy().into_owned());
-                tracing::info!(
-                    task_id = id,
-                    "the run folder is brought back from the store as the machine {} left it ({})",
-                    restored.machine_id,
-                    checkpoint.as_deref().unwrap_or("no checkpoint")
-                );
-                return Ok(());
-            }
-            Ok(None) => {
-                tracing::info!(
-                    task_id = id,
-                    "the store has nothing of this run; it starts from its beginning"
-                );
+        match ownership.claim_and_restore(record, supply).await {
+            Ok(restored) => {
+                say_restored(id, restored.as_ref(), ownership.left_by.as_deref());
                 return Ok(());
             }
             Err(error) if error.is_outage() && record.attempts_before > 0 && Instant::now() < until => {
@@ -194,6 +180,64 @@ async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
                 return Ok(());
             }
         }
+    }
+}
+
+fn say_restored(task_id: &str, restored: Option<&Restored>, left_by: Option<&str>) {
+    let is_something =
+        |restored: &&Restored| left_by.is_some() || restored.checkpoint.is_some() || restored.files > 0;
+    let Some(restored) = restored.filter(is_something) else {
+        tracing::info!(task_id, "the store has nothing of this run; it starts from its beginning");
+        return;
+    };
+    for problem in &restored.problems {
+        tracing::warn!(task_id, "from the store: {problem}");
+    }
+    let checkpoint = restored.checkpoint.as_deref().and_then(Path::file_name);
+    let checkpoint = checkpoint.map(|name| name.to_string_lossy().into_owned());
+    tracing::info!(
+        task_id,
+        "the run folder is brought back from the store as the machine {} left it ({})",
+        left_by.unwrap_or(&restored.machine_id),
+        checkpoint.as_deref().unwrap_or("no checkpoint")
+    );
+}
+
+/// Whose the run is in the store.
+#[derive(Default)]
+struct Ownership {
+    /// True once the claim was made, or cannot be.
+    is_settled: bool,
+    /// The machine that had it before.
+    left_by: Option<String>,
+}
+
+impl Ownership {
+    /// Claims before it restores: what comes back is then what stays.
+    async fn claim_and_restore(
+        &mut self,
+        record: &JobRecord,
+        supply: &Supply,
+    ) -> Result<Option<Restored>, StoreError> {
+        let (store, bucket) = (supply.store.as_ref(), &supply.bucket);
+        // A job of this machine alone has no other owner.
+        if is_shared_instance(&record.instance) && !self.is_settled {
+            match claim(store, bucket, &run_of(&supply.machine_id, record)).await {
+                Ok(claimed) => self.left_by = claimed.left_by,
+                Err(error @ (StoreError::Unavailable { .. } | StoreError::Timeout { .. })) => {
+                    return Err(error);
+                }
+                // To read may be allowed all the same.
+                Err(error) => tracing::warn!(
+                    task_id = %record.task_id,
+                    "the store does not show yet that the run is here: {}",
+                    chain(&error)
+                ),
+            }
+            self.is_settled = true;
+        }
+        let (spec, id) = (&record.spec, record.task_id.as_str());
+        restore(store, bucket, &spec.study_name, id, &record.instance, &record.run_dir).await
     }
 }
 

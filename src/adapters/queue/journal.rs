@@ -12,6 +12,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::rows::{INTAKE_COLUMNS, JOB_COLUMNS, Parsed};
+use super::statements::{KEPT_MAX, Kept};
 use super::{JobStore, QueueError, outbox, rows, schema};
 use crate::job::clock::now_unix_ms;
 use crate::job::event::{EVENTS_PER_JOB_MAX, JobEvent};
@@ -66,6 +67,7 @@ impl Journal {
         let mut journal = Self::prepare(connection, &path)?;
         let soft = Connection::open(&path).map_err(failed)?;
         soft.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
+        soft.set_prepared_statement_cache_capacity(KEPT_MAX);
         soft.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
         soft.pragma_update(None, "foreign_keys", true).map_err(failed)?;
         journal.soft = Some(soft);
@@ -94,6 +96,7 @@ impl Journal {
     fn prepare(mut connection: Connection, path: &Path) -> Result<Self, QueueError> {
         let failed = |source| QueueError::Open { path: path.to_owned(), source };
         connection.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
+        connection.set_prepared_statement_cache_capacity(KEPT_MAX);
         // A damaged header shows here first, as "not a database".
         let damaged = |source: rusqlite::Error| match source.sqlite_error_code() {
             Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
@@ -193,7 +196,7 @@ fn own_fence(before: Option<&JobRecord>, now_unix_ms: i64) -> u64 {
 
 fn record(connection: &Connection, seq: i64) -> Result<JobRecord, QueueError> {
     let found = connection
-        .query_row(&format!("SELECT {JOB_COLUMNS} FROM jobs WHERE seq = ?1"), [seq], rows::job)
+        .row(&format!("SELECT {JOB_COLUMNS} FROM jobs WHERE seq = ?1"), [seq], rows::job)
         .optional()
         .map_err(sql("read a job"))?;
     one(found)?.ok_or(QueueError::Unknown { seq })
@@ -201,14 +204,13 @@ fn record(connection: &Connection, seq: i64) -> Result<JobRecord, QueueError> {
 
 fn newest(connection: &Connection, task_id: &TaskId) -> Result<Option<JobRecord>, QueueError> {
     let text = format!("SELECT {JOB_COLUMNS} FROM jobs WHERE task_id = ?1 ORDER BY generation DESC LIMIT 1");
-    let found =
-        connection.query_row(&text, [task_id.as_str()], rows::job).optional().map_err(sql("read a job"))?;
+    let found = connection.row(&text, [task_id.as_str()], rows::job).optional().map_err(sql("read a job"))?;
     one(found)
 }
 
 fn many(connection: &Connection, text: &str, limit: u32) -> Result<Vec<JobRecord>, QueueError> {
     let failed = sql("read its jobs");
-    let mut statement = connection.prepare(text).map_err(&failed)?;
+    let mut statement = connection.prepare_cached(text).map_err(&failed)?;
     let rows = statement.query_map([limit], rows::job).map_err(&failed)?;
     rows.map(|row| row.map_err(&failed)?).collect()
 }
@@ -221,13 +223,13 @@ fn insert_event(
 ) -> Result<(), QueueError> {
     let failed = sql("store an event");
     connection
-        .execute(
+        .run(
             "INSERT INTO events (seq, at, kind, detail) VALUES (?1, ?2, ?3, ?4)",
             params![seq, now_unix_ms(), kind, detail.to_string()],
         )
         .map_err(&failed)?;
     connection
-        .execute(
+        .run(
             "DELETE FROM events WHERE seq = ?1 AND kind NOT IN ('state', 'command') AND id <= \
              (SELECT id FROM events WHERE seq = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
             params![seq, EVENTS_PER_JOB_MAX],
@@ -238,7 +240,7 @@ fn insert_event(
 
 fn insert_intake(connection: &Connection, entry: &IntakeEntry) -> Result<(), QueueError> {
     connection
-        .execute(
+        .run(
             &format!("INSERT OR REPLACE INTO intake ({INTAKE_COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"),
             params![
                 entry.path,
@@ -268,7 +270,7 @@ fn move_to(connection: &Connection, seq: i64, change: &Change, retry: bool) -> R
     let begins = change.state == JobState::Preparing;
     let leaves = !change.state.has_process();
     connection
-        .execute(
+        .run(
             "UPDATE jobs SET state = ?2, reason = ?3, class = ?4, not_before = ?5, retries = ?6, \
              result = coalesce(?7, result), attempts = attempts + ?8, interruptions = interruptions + ?9, \
              started = CASE WHEN ?8 AND started IS NULL THEN ?10 ELSE started END, \
@@ -313,7 +315,7 @@ impl JobStore for Journal {
         }
         let run_dir = job.run_dir.to_string_lossy().into_owned();
         let user: Option<String> = transaction
-            .query_row(
+            .row(
                 "SELECT task_id FROM jobs WHERE run_dir = ?1 AND state NOT IN ('completed', 'failed', 'cancelled', 'moved')",
                 [&run_dir],
                 |row| row.get(0),
@@ -338,7 +340,7 @@ impl JobStore for Journal {
         let now = now_unix_ms();
         let fence = shared.map_or_else(|| own_fence(before.as_ref(), now), |shared| shared.fence);
         transaction
-            .execute(
+            .run(
                 "INSERT INTO jobs (task_id, generation, source, content_sha256, spec, run_dir, state, reason, accepted, \
                  instance, entry, fence, attempts_before, priority, wanted) \
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
@@ -378,7 +380,7 @@ impl JobStore for Journal {
         let text = format!("SELECT {INTAKE_COLUMNS} FROM intake WHERE path = ?1 AND content_sha256 = ?2");
         let found = self
             .connection
-            .query_row(&text, [path, content_sha256], rows::intake)
+            .row(&text, [path, content_sha256], rows::intake)
             .optional()
             .map_err(sql("read a verdict"))?;
         one(found)
@@ -389,11 +391,8 @@ impl JobStore for Journal {
             "SELECT {INTAKE_COLUMNS} FROM intake WHERE path = ?1 AND accepted AND task_id IS NOT NULL \
              ORDER BY at DESC, rowid DESC LIMIT 1"
         );
-        let found = self
-            .connection
-            .query_row(&text, [path], rows::intake)
-            .optional()
-            .map_err(sql("read a verdict"))?;
+        let found =
+            self.connection.row(&text, [path], rows::intake).optional().map_err(sql("read a verdict"))?;
         one(found)
     }
 
@@ -424,7 +423,7 @@ impl JobStore for Journal {
 
     fn has_active(&self) -> Result<bool, QueueError> {
         let text = "SELECT EXISTS (SELECT 1 FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved'))";
-        self.connection.query_row(text, [], |row| row.get(0)).map_err(sql("look for active jobs"))
+        self.connection.row(text, [], |row| row.get(0)).map_err(sql("look for active jobs"))
     }
 
     fn recent(&self, limit: u32) -> Result<Vec<JobRecord>, QueueError> {
@@ -453,7 +452,7 @@ impl JobStore for Journal {
 
     fn set_process(&mut self, seq: i64, process: Option<ProcessId>) -> Result<(), QueueError> {
         self.writer(false)
-            .execute(
+            .run(
                 "UPDATE jobs SET pid = ?2, pid_started = ?3 WHERE seq = ?1",
                 params![
                     seq,
@@ -470,7 +469,7 @@ impl JobStore for Journal {
         let transaction = begin(self.writer(false), "note why jobs wait")?;
         for (seq, reason) in reasons {
             transaction
-                .execute("UPDATE jobs SET reason = ?2 WHERE seq = ?1", params![seq, reason])
+                .run("UPDATE jobs SET reason = ?2 WHERE seq = ?1", params![seq, reason])
                 .map_err(&failed)?;
         }
         transaction.commit().map_err(failed)
@@ -480,7 +479,7 @@ impl JobStore for Journal {
         self.soft
             .as_ref()
             .unwrap_or(&self.connection)
-            .execute("UPDATE jobs SET progress = ?2 WHERE seq = ?1", params![seq, progress.to_string()])
+            .run("UPDATE jobs SET progress = ?2 WHERE seq = ?1", params![seq, progress.to_string()])
             .map_err(sql("note the progress of a job"))?;
         Ok(())
     }
@@ -491,7 +490,7 @@ impl JobStore for Journal {
         self.soft
             .as_ref()
             .unwrap_or(&self.connection)
-            .execute("INSERT OR REPLACE INTO board (id, slots) VALUES (1, ?1)", [text])
+            .run("INSERT OR REPLACE INTO board (id, slots) VALUES (1, ?1)", [text])
             .map_err(sql("note the slots"))?;
         Ok(())
     }
@@ -499,7 +498,7 @@ impl JobStore for Journal {
     fn board(&self) -> Result<Option<SlotBoard>, QueueError> {
         let text: Option<String> = self
             .connection
-            .query_row("SELECT slots FROM board WHERE id = 1", [], |row| row.get(0))
+            .row("SELECT slots FROM board WHERE id = 1", [], |row| row.get(0))
             .optional()
             .map_err(sql("read the slots"))?;
         // Written by another version of the program it is no use, and no harm: it is written anew at the next change.
@@ -522,7 +521,7 @@ impl JobStore for Journal {
         let failed = sql("read the history of a job");
         let text =
             "SELECT id, seq, at, kind, detail FROM events WHERE seq = ?1 AND id > ?2 ORDER BY id LIMIT ?3";
-        let mut statement = self.connection.prepare(text).map_err(&failed)?;
+        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
         let rows = statement.query_map(params![seq, after_id, limit], rows::event).map_err(&failed)?;
         rows.map(|row| row.map_err(&failed)?).collect()
     }
@@ -532,7 +531,7 @@ impl JobStore for Journal {
             CommandKind::Stop => "stop",
         };
         self.connection
-            .execute(
+            .run(
                 "INSERT OR IGNORE INTO commands (task_id, kind, at) VALUES (?1, ?2, ?3)",
                 params![task_id.as_str(), word, now_unix_ms()],
             )
@@ -543,7 +542,7 @@ impl JobStore for Journal {
     fn commands(&self) -> Result<Vec<CommandEntry>, QueueError> {
         let failed = sql("read the requests");
         let text = "SELECT id, task_id, at FROM commands WHERE kind = 'stop' ORDER BY id LIMIT 1000";
-        let mut statement = self.connection.prepare(text).map_err(&failed)?;
+        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
         let rows = statement
             .query_map([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?, row.get::<_, i64>(2)?)))
             .map_err(&failed)?;
@@ -557,9 +556,7 @@ impl JobStore for Journal {
     }
 
     fn finish_command(&mut self, id: i64) -> Result<(), QueueError> {
-        self.connection
-            .execute("DELETE FROM commands WHERE id = ?1", [id])
-            .map_err(sql("remove a request"))?;
+        self.connection.run("DELETE FROM commands WHERE id = ?1", [id]).map_err(sql("remove a request"))?;
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ pub mod redis;
 mod rows;
 mod schema;
 mod shared;
+mod statements;
 
 use std::path::PathBuf;
 

@@ -11,6 +11,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde_json::Value as Json;
 
 use super::journal::{Journal, sql};
+use super::statements::Kept;
 use super::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::{NewDelivery, SinkName};
@@ -98,12 +99,11 @@ pub(super) fn put(
 /// Drops what may be dropped, oldest first, until the outbox is within its limit.
 fn trim(connection: &Connection, items_max: usize) -> Result<(), QueueError> {
     let failed = sql("trim the outbox");
-    let count: i64 =
-        connection.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0)).map_err(&failed)?;
+    let count: i64 = connection.row("SELECT count(*) FROM outbox", [], |row| row.get(0)).map_err(&failed)?;
     let over = count - items_max as i64;
     if over > 0 {
         let dropped = connection
-            .execute(
+            .run(
                 "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE droppable ORDER BY id LIMIT ?1)",
                 [over],
             )
@@ -119,7 +119,7 @@ fn trim(connection: &Connection, items_max: usize) -> Result<(), QueueError> {
 /// Takes back everything that waits about an instance: another machine speaks for it now.
 pub(super) fn withdraw(connection: &Connection, instance: &str) -> Result<(), QueueError> {
     connection
-        .execute("DELETE FROM outbox WHERE instance = ?1", [instance])
+        .run("DELETE FROM outbox WHERE instance = ?1", [instance])
         .map_err(sql("take back deliveries"))?;
     Ok(())
 }
@@ -174,7 +174,7 @@ impl Journal {
             end -= 1;
         }
         self.quick()
-            .execute(
+            .run(
                 "UPDATE outbox SET attempts = attempts + 1, not_before = ?2, error = ?3 WHERE id = ?1",
                 params![id, not_before_unix_ms, &error[..end]],
             )
@@ -212,7 +212,7 @@ impl Journal {
     pub fn add_notes(&self, instance: &str, notes: &[(&'static str, String)]) -> Result<(), QueueError> {
         for (name, value) in notes {
             self.quick()
-                .execute(
+                .run(
                     "UPDATE jobs SET notes = json_set(notes, '$.' || ?2, ?3) WHERE instance = ?1",
                     params![instance, name, value],
                 )
@@ -227,7 +227,7 @@ impl Journal {
     /// When the outbox cannot be read.
     pub fn is_result_waiting(&self, instance: &str) -> Result<bool, QueueError> {
         self.connection
-            .query_row(
+            .row(
                 "SELECT EXISTS (SELECT 1 FROM outbox WHERE sink = 'redis' AND key = 'result:' || ?1)",
                 [instance],
                 |row| row.get(0),
@@ -241,9 +241,7 @@ impl Journal {
     /// When the outbox cannot be read.
     pub fn is_delivery_waiting(&self, instance: &str) -> Result<bool, QueueError> {
         self.connection
-            .query_row("SELECT EXISTS (SELECT 1 FROM outbox WHERE instance = ?1)", [instance], |row| {
-                row.get(0)
-            })
+            .row("SELECT EXISTS (SELECT 1 FROM outbox WHERE instance = ?1)", [instance], |row| row.get(0))
             .map_err(sql("read the outbox"))
     }
 
@@ -264,7 +262,7 @@ impl Journal {
     /// When it cannot be stored.
     pub fn set_fence(&self, seq: i64, fence: u64) -> Result<(), QueueError> {
         self.quick()
-            .execute("UPDATE jobs SET fence = ?2 WHERE seq = ?1", params![seq, fence as i64])
+            .run("UPDATE jobs SET fence = ?2 WHERE seq = ?1", params![seq, fence as i64])
             .map_err(sql("note a fencing number"))?;
         Ok(())
     }
@@ -275,7 +273,7 @@ impl Journal {
     /// When it cannot be stored.
     pub fn set_service(&self, name: &str, state: &Json) -> Result<(), QueueError> {
         self.quick()
-            .execute(
+            .run(
                 "INSERT OR REPLACE INTO services (name, state) VALUES (?1, ?2)",
                 params![name, state.to_string()],
             )
@@ -289,8 +287,10 @@ impl Journal {
     /// When it cannot be read.
     pub fn services(&self) -> Result<Vec<(String, Json)>, QueueError> {
         let failed = sql("read the states of services");
-        let mut statement =
-            self.connection.prepare("SELECT name, state FROM services ORDER BY name").map_err(&failed)?;
+        let mut statement = self
+            .connection
+            .prepare_cached("SELECT name, state FROM services ORDER BY name")
+            .map_err(&failed)?;
         let rows = statement
             .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
             .map_err(&failed)?;
@@ -311,8 +311,8 @@ impl Journal {
         match value {
             Some(value) => self
                 .connection
-                .execute("INSERT OR REPLACE INTO flags (name, value) VALUES (?1, ?2)", [name, value]),
-            None => self.connection.execute("DELETE FROM flags WHERE name = ?1", [name]),
+                .run("INSERT OR REPLACE INTO flags (name, value) VALUES (?1, ?2)", [name, value]),
+            None => self.connection.run("DELETE FROM flags WHERE name = ?1", [name]),
         }
         .map_err(sql("set a flag"))?;
         Ok(())
@@ -324,7 +324,7 @@ impl Journal {
     /// When it cannot be read.
     pub fn flag(&self, name: &str) -> Result<Option<String>, QueueError> {
         self.connection
-            .query_row("SELECT value FROM flags WHERE name = ?1", [name], |row| row.get(0))
+            .row("SELECT value FROM flags WHERE name = ?1", [name], |row| row.get(0))
             .optional()
             .map_err(sql("read a flag"))
     }

@@ -9,6 +9,7 @@ use rusqlite::params;
 
 use super::QueueError;
 use super::journal::{Journal, begin, sql};
+use super::statements::Kept;
 
 /// Jobs, or verdicts, of one call.
 pub const ROWS_MAX: usize = 200;
@@ -47,8 +48,8 @@ impl Journal {
         };
         let (mut jobs, mut events) = (0, 0);
         for seq in old {
-            events += transaction.execute("DELETE FROM events WHERE seq = ?1", [seq]).map_err(&failed)?;
-            jobs += transaction.execute("DELETE FROM jobs WHERE seq = ?1", [seq]).map_err(&failed)?;
+            events += transaction.run("DELETE FROM events WHERE seq = ?1", [seq]).map_err(&failed)?;
+            jobs += transaction.run("DELETE FROM jobs WHERE seq = ?1", [seq]).map_err(&failed)?;
             if events >= EVENTS_MAX {
                 break;
             }

@@ -75,7 +75,7 @@ impl Journal {
         let failed = sql("read the live instances");
         let text = "SELECT instance FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'moved') \
              UNION SELECT instance FROM outbox";
-        let mut statement = self.connection.prepare(text).map_err(&failed)?;
+        let mut statement = self.connection.prepare_cached(text).map_err(&failed)?;
         let rows = statement.query_map([], |row| row.get(0)).map_err(&failed)?;
         rows.map(|row| row.map_err(&failed)).collect()
     }

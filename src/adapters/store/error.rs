@@ -88,6 +88,20 @@ pub enum StoreError {
         /// What it is.
         found: String,
     },
+    /// A later owner of the run has written its manifest.
+    #[error("the run belongs to the machine {owner} by now (fence {fence})")]
+    Fenced {
+        /// That machine.
+        owner: String,
+        /// Its fencing number.
+        fence: u64,
+    },
+    /// Others replaced the object at every try.
+    #[error("{object} is replaced by others all the time")]
+    Busy {
+        /// `bucket/key`.
+        object: String,
+    },
     /// An object is larger than the reader allows.
     #[error("{object} has {bytes} bytes, at most {bytes_max} are allowed")]
     TooLarge {
@@ -135,12 +149,12 @@ impl StoreError {
             Self::Missing { .. } | Self::Name { .. } | Self::Config { .. } | Self::TooLarge { .. } => {
                 Retry::Never
             }
-            Self::Refused { .. } => Retry::Never,
+            Self::Refused { .. } | Self::Fenced { .. } => Retry::Never,
             Self::Changed { .. } => Retry::Now,
             Self::Denied { .. } | Self::Full { .. } | Self::Unavailable { .. } | Self::Timeout { .. } => {
                 Retry::After
             }
-            Self::Integrity { .. } | Self::LocalFile { .. } => Retry::After,
+            Self::Integrity { .. } | Self::LocalFile { .. } | Self::Busy { .. } => Retry::After,
         }
     }
 
@@ -181,6 +195,9 @@ pub fn found<T>(result: Result<T, StoreError>) -> Result<Option<T>, StoreError> 
 
 impl From<StoreError> for DeliveryError {
     fn from(error: StoreError) -> Self {
+        if let StoreError::Fenced { owner, fence } = error {
+            return Self::Fenced { owner, fence };
+        }
         let what = error.to_string();
         let is_outage = error.is_outage();
         let retry = match &error {
@@ -216,6 +233,7 @@ mod tests {
         let table = [
             (StoreError::Missing { object: what() }, Retry::Never, AfterFailure::LaneWaits),
             (StoreError::Refused { what: what(), source: None }, Retry::Never, AfterFailure::GiveUp),
+            (StoreError::Fenced { owner: what(), fence: 2 }, Retry::Never, AfterFailure::GiveUp),
             (StoreError::Denied { what: what(), source: None }, Retry::After, AfterFailure::AllWait),
             (StoreError::Full { what: what(), source: None }, Retry::After, AfterFailure::AllWait),
             (StoreError::Unavailable { what: what(), source: None }, Retry::After, AfterFailure::AllWait),

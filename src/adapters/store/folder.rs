@@ -4,6 +4,9 @@
 //! `{folder}/.sha256/{bucket}/{key}` together with the identity of the file that it was computed of: when that does not
 //! fit, the object is read again. A source that is never written in place is linked instead of copied.
 //!
+//! What is stored on a condition is compared and replaced under a lock of the file system (`{folder}/.locks`), which is let
+//! go with the process.
+//!
 //! One limit comes from file systems: `a` and `a/b` cannot both be objects.
 
 use std::fs::{self, File};
@@ -17,7 +20,11 @@ use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
 use super::local::{Arriving, FileIdentity, read_through, sync_folder, write_whole};
-use super::{BucketName, Content, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, blocking, hex};
+use super::lock::lock_key;
+use super::{
+    BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned,
+    blocking, hex,
+};
 
 /// Where objects wait until they are whole. No bucket has such a name.
 const INCOMING: &str = ".incoming";
@@ -105,6 +112,42 @@ impl FolderStore {
         self.keep_sum(bucket, key, &path, &file.sha256)
     }
 
+    fn put_small(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes: &[u8],
+    ) -> Result<ObjectHead, StoreError> {
+        let path = self.path(bucket, key);
+        self.make_room(bucket, &path)?;
+        let mut arriving = Arriving::begin_at(&path, self.incoming()?).map_err(unlocal)?;
+        arriving.write(bytes).map_err(unlocal)?;
+        let (_, sha256) = arriving.seen();
+        arriving.finish().map_err(unlocal)?;
+        self.keep_sum(bucket, key, &path, &sha256)
+    }
+
+    /// Compares and stores under a lock. The version of a file is the checksum of its content: its identity may come
+    /// again.
+    fn put_expected(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes: &[u8],
+        expected: Option<&str>,
+    ) -> Result<Option<ObjectHead>, StoreError> {
+        let _lock = lock_key(&self.root, bucket, key)?;
+        let here = match self.opened(bucket, key) {
+            Ok((file, metadata)) => Some(hash_of(&file, &self.path(bucket, key), metadata.len())?),
+            Err(StoreError::Missing { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        if here.as_deref() != expected {
+            return Ok(None);
+        }
+        self.put_small(bucket, key, bytes).map(Some)
+    }
+
     fn keep_sum(
         &self,
         bucket: &BucketName,
@@ -147,13 +190,7 @@ impl FolderStore {
             return Ok(ObjectHead { bytes: metadata.len(), sha256: Some(sum.sha256), etag: Some(identity) });
         }
         let path = self.path(bucket, key);
-        let mut hash = Sha256::new();
-        read_through(&file, &path, metadata.len(), |_, bytes| {
-            hash.update(bytes);
-            Ok(())
-        })
-        .map_err(unlocal)?;
-        let sha256 = hex(&hash.finalize());
+        let sha256 = hash_of(&file, &path, metadata.len())?;
         // Kept so that it is read once; a store that cannot be written to is read each time.
         let _ = self.keep_sum(bucket, key, &path, &sha256);
         Ok(ObjectHead { bytes: metadata.len(), sha256: Some(sha256), etag: Some(identity) })
@@ -248,6 +285,16 @@ impl FolderStore {
     }
 }
 
+fn hash_of(file: &File, path: &Path, bytes: u64) -> Result<String, StoreError> {
+    let mut hash = Sha256::new();
+    read_through(file, path, bytes, |_, piece| {
+        hash.update(piece);
+        Ok(())
+    })
+    .map_err(unlocal)?;
+    Ok(hex(&hash.finalize()))
+}
+
 /// Links the opened file to `target`. False when it cannot be linked, or its name means another file by now.
 fn link_same(file: &LocalFile, target: &Path) -> Result<bool, StoreError> {
     if fs::hard_link(&file.path, target).is_err() {
@@ -262,7 +309,7 @@ fn link_same(file: &LocalFile, target: &Path) -> Result<bool, StoreError> {
 }
 
 /// The error of a file of the store, in the store's words.
-fn fault(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
+pub(super) fn fault(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
     let path = path.to_owned();
     move |source| unlocal(StoreError::LocalFile { action: what, path, source })
 }
@@ -313,16 +360,23 @@ impl ObjectStore for FolderStore {
         bytes: Vec<u8>,
     ) -> Result<ObjectHead, StoreError> {
         let (store, bucket, key) = (self.clone(), bucket.clone(), key.clone());
-        blocking(move || {
-            let path = store.path(&bucket, &key);
-            store.make_room(&bucket, &path)?;
-            let mut arriving = Arriving::begin_at(&path, store.incoming()?).map_err(unlocal)?;
-            arriving.write(&bytes).map_err(unlocal)?;
-            let (_, sha256) = arriving.seen();
-            arriving.finish().map_err(unlocal)?;
-            store.keep_sum(&bucket, &key, &path, &sha256)
-        })
-        .await
+        blocking(move || store.put_small(&bucket, &key, &bytes)).await
+    }
+
+    async fn put_if(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes: Vec<u8>,
+        expected: Expected<'_>,
+    ) -> Result<Option<ObjectHead>, StoreError> {
+        let expected = match expected {
+            Expected::Nothing => None,
+            Expected::Version(version) => Some(version.to_owned()),
+            Expected::Anything => return self.put_bytes(bucket, key, bytes).await.map(Some),
+        };
+        let (store, bucket, key) = (self.clone(), bucket.clone(), key.clone());
+        blocking(move || store.put_expected(&bucket, &key, &bytes, expected.as_deref())).await
     }
 
     async fn head(&self, bucket: &BucketName, key: &ObjectKey) -> Result<ObjectHead, StoreError> {
@@ -342,12 +396,12 @@ impl ObjectStore for FolderStore {
         blocking(move || store.get(&bucket, &key, &path, expected.as_deref())).await
     }
 
-    async fn get_bytes(
+    async fn get_versioned(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Versioned, StoreError> {
         let (store, bucket, key) = (self.clone(), bucket.clone(), key.clone());
         blocking(move || {
             let (file, metadata) = store.opened(&bucket, &key)?;
@@ -361,7 +415,8 @@ impl ObjectStore for FolderStore {
                 Ok(())
             })
             .map_err(unlocal)?;
-            Ok(content)
+            let version = Some(hex(&Sha256::digest(&content)));
+            Ok(Versioned { bytes: content, version })
         })
         .await
     }

@@ -15,6 +15,7 @@ pub mod archive;
 pub mod error;
 pub mod folder;
 pub mod local;
+mod lock;
 pub mod minio;
 pub mod names;
 pub mod restore;
@@ -44,6 +45,26 @@ pub struct ObjectEntry {
     pub bytes: u64,
     /// The store's own mark of the content; empty when it has none.
     pub etag: String,
+}
+
+/// A small object, and the version of it that was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Versioned {
+    /// Its content.
+    pub bytes: Vec<u8>,
+    /// What [`ObjectStore::put_if`] compares; nobody else reads it. `None` from a store that has no such mark.
+    pub version: Option<String>,
+}
+
+/// What a key has to hold for [`ObjectStore::put_if`] to store there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expected<'a> {
+    /// No object.
+    Nothing,
+    /// This version of an object.
+    Version(&'a str),
+    /// Anything or nothing.
+    Anything,
 }
 
 /// A store of objects. Every method may be called again after any failure. An object is there whole or not at all.
@@ -77,6 +98,20 @@ pub trait ObjectStore: Send + Sync {
         bytes: Vec<u8>,
     ) -> Result<ObjectHead, StoreError>;
 
+    /// Stores a small object where the key holds what is expected; `None` where it holds something else: nothing is then
+    /// stored. Comparing and storing are one act, of several callers on one version one succeeds. Where a server does not
+    /// know conditions it stores without, and the caller's own look is all there is.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    async fn put_if(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes: Vec<u8>,
+        expected: Expected<'_>,
+    ) -> Result<Option<ObjectHead>, StoreError>;
+
     /// What is known of an object.
     ///
     /// # Errors
@@ -105,7 +140,20 @@ pub trait ObjectStore: Send + Sync {
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError>;
+    ) -> Result<Vec<u8>, StoreError> {
+        self.get_versioned(bucket, key, bytes_max).await.map(|read| read.bytes)
+    }
+
+    /// The same with the version that was read.
+    ///
+    /// # Errors
+    /// [`StoreError::TooLarge`]; others.
+    async fn get_versioned(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes_max: u64,
+    ) -> Result<Versioned, StoreError>;
 
     /// The objects whose keys begin with `prefix`, in the order of their keys. Keys that [`ObjectKey`] refuses are
     /// left out.

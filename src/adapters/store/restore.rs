@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::archive::{Manifest, ManifestFile, Role, checkpoint_iteration, read_bytes, run_prefix};
+use super::archive::{ManifestFile, Role, checkpoint_iteration, read_manifest, run_prefix};
 use super::error::StoreError;
 use super::local::LocalFile;
 use super::{BucketName, Content, ObjectKey, ObjectStore, blocking};
@@ -51,12 +51,15 @@ pub async fn restore(
     run_dir: &Path,
 ) -> Result<Option<Restored>, StoreError> {
     let prefix = run_prefix(study, task_id)?;
-    let Some(bytes) = read_bytes(store, bucket, &prefix).await? else { return Ok(None) };
-    let manifest = Manifest::parse(&bytes, &prefix).map_err(|reason| StoreError::Integrity {
-        object: format!("the manifest of {bucket}/{prefix}"),
-        expected: "a manifest of this run".into(),
-        found: reason,
-    })?;
+    let there = read_manifest(store, bucket, &prefix).await?;
+    if let Some(reason) = there.fault {
+        return Err(StoreError::Integrity {
+            object: format!("the manifest of {bucket}/{prefix}"),
+            expected: "a manifest of this run".into(),
+            found: reason,
+        });
+    }
+    let Some(manifest) = there.manifest else { return Ok(None) };
     if manifest.instance != instance {
         return Ok(None);
     }

@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
+use sha2::{Digest, Sha256};
 
 use crate::adapters::store::error::StoreError;
 use crate::adapters::store::names::fault_of_path;
-use crate::adapters::store::{BucketName, ObjectKey, ObjectStore, found};
-use crate::job::delivery::{FilesBody, RunRef};
+use crate::adapters::store::{BucketName, Expected, ObjectKey, ObjectStore, Versioned, found, hex};
+use crate::job::delivery::{FilesBody, RunRef, is_shared_instance};
 
 /// Version of the form of manifests.
 const FORMAT: u32 = 1;
@@ -183,21 +184,83 @@ pub fn manifest_key(prefix: &ObjectKey) -> Result<ObjectKey, StoreError> {
     prefix.join(NAME)
 }
 
-/// The bytes of a run's manifest, when there is one.
+impl Manifest {
+    /// Whether it is that of a later owner or run. Numbers are compared only where one clock gave them out: Redis for the
+    /// instances of a shared queue, the machine for its own jobs. Otherwise whoever comes later replaces what is there.
+    pub fn is_later_than(&self, run: &RunRef) -> bool {
+        let (ours, theirs) = (is_shared_instance(&run.instance), is_shared_instance(&self.instance));
+        let is_own = !ours && !theirs && self.machine_id == run.machine_id;
+        (self.instance == run.instance || ours && theirs || is_own) && self.fence > run.fence
+    }
+}
+
+/// What lies at the key of a run's manifest.
+#[derive(Debug)]
+pub struct There {
+    /// The manifest, when there is one that can be read.
+    pub manifest: Option<Manifest>,
+    /// Why the one that is there cannot be read.
+    pub fault: Option<String>,
+    /// SHA-256 of what is there, hexadecimal.
+    pub sha256: Option<String>,
+    object: Option<Versioned>,
+}
+
+impl There {
+    /// What has to be there still when the manifest is written.
+    pub fn expected(&self) -> Expected<'_> {
+        match &self.object {
+            None => Expected::Nothing,
+            Some(object) => object.version.as_deref().map_or(Expected::Anything, Expected::Version),
+        }
+    }
+
+    /// A manifest of the same run by a later owner, or of a later run of the task, ends what this one does.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`].
+    pub fn fence(&self, run: &RunRef) -> Result<(), StoreError> {
+        match self.manifest.as_ref().filter(|there| there.is_later_than(run)) {
+            Some(there) => Err(StoreError::Fenced { owner: there.machine_id.clone(), fence: there.fence }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Looks at the key of a run's manifest.
 ///
 /// # Errors
 /// [`StoreError`].
-pub async fn read_bytes(
+pub async fn read_manifest(
     store: &dyn ObjectStore,
     bucket: &BucketName,
     prefix: &ObjectKey,
-) -> Result<Option<Vec<u8>>, StoreError> {
-    found(store.get_bytes(bucket, &manifest_key(prefix)?, BYTES_MAX).await)
+) -> Result<There, StoreError> {
+    let object = found(store.get_versioned(bucket, &manifest_key(prefix)?, BYTES_MAX).await)?;
+    let parsed = object.as_ref().map(|object| Manifest::parse(&object.bytes, prefix));
+    let (manifest, fault) = match parsed.transpose() {
+        Ok(manifest) => (manifest, None),
+        Err(reason) => (None, Some(reason)),
+    };
+    let sha256 = object.as_ref().map(|object| hex(&Sha256::digest(&object.bytes)));
+    Ok(There { manifest, fault, sha256, object })
+}
+
+/// The text of a manifest.
+///
+/// # Errors
+/// [`StoreError::Refused`].
+pub fn text_of(manifest: &Manifest, prefix: &ObjectKey) -> Result<Vec<u8>, StoreError> {
+    serde_json::to_vec_pretty(manifest).map_err(|error| StoreError::Refused {
+        what: format!("write the manifest of {prefix}"),
+        source: Some(Box::new(error)),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::delivery::FilesMoment;
 
     fn text(path: &str, key: &str) -> String {
         format!(
@@ -222,5 +285,42 @@ mod tests {
         assert!(run_prefix("a/b", "t").is_err() && run_prefix("..", "t").is_err());
         assert_eq!(checkpoint_iteration("state/step-000000120.ckpt"), Some(120));
         assert_eq!(checkpoint_iteration("state/x.ckpt"), None);
+    }
+
+    fn body(instance: &str, machine: &str, fence: u64) -> FilesBody {
+        FilesBody {
+            run: RunRef {
+                task_id: "t".parse().expect("an id"),
+                instance: instance.into(),
+                study_name: "s".into(),
+                version: None,
+                trial_number: 1,
+                kind: "yolo".into(),
+                run_dir: "/r".into(),
+                fence,
+                machine_id: machine.into(),
+            },
+            moment: FilesMoment::Checkpoint,
+            status: "running".into(),
+            epoch: 1,
+            step: 1,
+            metrics: serde_json::Map::new(),
+            fitness: None,
+            fitness_name: "fitness".into(),
+            val_fingerprint: None,
+        }
+    }
+
+    #[test]
+    fn only_numbers_of_one_clock_fence() {
+        let is_fenced =
+            |there: FilesBody, late: FilesBody| Manifest::of(&there, None, 0).is_later_than(&late.run);
+        assert!(is_fenced(body("q/1-0", "a", 9), body("q/1-0", "b", 8)), "the same run, an earlier owner");
+        assert!(is_fenced(body("q/2-0", "a", 9), body("q/1-0", "b", 8)), "an earlier submission");
+        assert!(is_fenced(body("u2", "a", 9), body("u1", "a", 8)), "an earlier run on the same machine");
+        assert!(!is_fenced(body("u1", "a", 9), body("u2", "b", 8)), "a machine whose clock is slow");
+        assert!(!is_fenced(body("q/1-0", "a", 9), body("u2", "a", 8)), "the clock of Redis is ahead");
+        assert!(!is_fenced(body("u1", "a", 9), body("q/1-0", "a", 8)), "the clock of Redis is slow");
+        assert!(!is_fenced(body("u1", "a", 9), body("u2", "a", 10)), "a later run");
     }
 }

@@ -3,8 +3,13 @@
 //! Keys are `{study_name}/{task_id}/<path in the run folder>` in the bucket of runs. A delivery looks at what there is,
 //! sends what is new, writes the manifest, and then removes what the manifest no longer names: a manifest never names
 //! an object that was deleted. Everything can be done again after any failure.
+//!
+//! A run has one owner at a time, known by the fencing number in the manifest. A manifest replaces only the very one that
+//! its writer has seen, and never one of a higher number. A new owner puts its number there before it begins ([`claim`]);
+//! from then on an earlier one writes no manifest, begins no upload, removes and promotes nothing.
 
 mod choose;
+mod claim;
 mod manifest;
 mod promote;
 mod sending;
@@ -19,20 +24,25 @@ use sha2::{Digest, Sha256};
 use super::error::StoreError;
 use super::{BucketName, ObjectKey, ObjectStore, blocking, hex};
 use crate::adapters::sink::{DeliveryError, Receipt, Sink};
-use crate::job::delivery::{Delivery, DeliveryBody, FilesBody, FilesMoment, SinkName, is_shared_instance};
+use crate::job::delivery::{Delivery, DeliveryBody, FilesBody, FilesMoment, SinkName};
 use crate::job::service::StoreConfig;
 
 pub use choose::{Policy, verifies};
+pub use claim::{Claimed, claim};
 pub use manifest::{
-    Manifest, ManifestFile, Role, checkpoint_iteration, manifest_key, prefix_of, read_bytes, run_prefix,
+    Manifest, ManifestFile, Role, There, checkpoint_iteration, manifest_key, prefix_of, read_manifest,
+    run_prefix,
 };
 pub use promote::Pointer;
 
 use choose::{Hashes, periodic_epoch};
-use sending::Sending;
+use manifest::text_of;
+use sending::{Sending, Sent};
 
 /// Checkpoints of a run that are looked at for ones that no manifest names.
 const STATE_LIST_MAX: usize = 10_000;
+/// Tries of a manifest that others write at the same time.
+const WRITE_TRIES_MAX: u32 = 10;
 
 /// The sink that keeps runs in a store.
 pub struct StoreSink {
@@ -76,31 +86,21 @@ impl StoreSink {
     async fn send(&self, body: &FilesBody) -> Result<Receipt, DeliveryError> {
         let prefix = prefix_of(&body.run)?;
         self.store.prepare(&self.bucket).await?;
-        let old = self.manifest(&prefix).await?;
-        fence(body, old.as_ref().map(|(old, _)| old))?;
-        let old_files = old.as_ref().map(|(old, _)| old.files.as_slice()).unwrap_or_default();
-        let mut sending = Sending::new(self, &prefix, old_files, body.moment);
+        let there = self.there(&prefix).await?;
+        there.fence(&body.run)?;
+        let mut sending = Sending::new(self, &prefix, there, body);
         let choice = self.choose(body).await?;
-        let mut files = sending.send_all(&choice.files).await?;
-        files.extend(sending.send_first(&choice.checkpoints).await?);
+        let sent = sending.send(&choice).await?;
+        let mut manifest = self.write(body, &prefix, &sent).await?;
+        if body.moment == FilesMoment::End {
+            // An upload that an earlier owner had begun may have ended on top of these: what differs is sent again.
+            let again = sending.send(&choice).await?;
+            if again != sent {
+                manifest = self.write(body, &prefix, &again).await?;
+            }
+        }
         let (files_sent, bytes_sent) = (sending.files_sent, sending.bytes_sent);
-
-        // Whoever took the run over meanwhile wrote a manifest of its own.
-        let old = self.manifest(&prefix).await?;
-        fence(body, old.as_ref().map(|(old, _)| old))?;
-        let same_run = old.as_ref().filter(|(old, _)| old.instance == body.run.instance);
-        let parent = same_run.map(|(_, sha256)| sha256.clone());
-        let mut manifest = Manifest::of(body, parent, now_unix_ms());
-        manifest.files =
-            self.retained(files, same_run.map(|(old, _)| old.files.as_slice()).unwrap_or_default());
-        let text = serde_json::to_vec_pretty(&manifest).map_err(|error| DeliveryError::Refused {
-            what: format!("the manifest of {prefix}"),
-            source: Some(Box::new(error)),
-        })?;
         let key = manifest_key(&prefix)?;
-        self.store.put_bytes(&self.bucket, &key, text).await?;
-        let old_files = old.map(|(old, _)| old.files).unwrap_or_default();
-        self.remove_unnamed(&prefix, &manifest, &old_files, body.moment).await;
 
         let mut receipt = Receipt::default();
         let mut note = |name, value: String| receipt.notes.push((name, value));
@@ -116,7 +116,7 @@ impl StoreSink {
         note("store_files_sent", files_sent.to_string());
         note("store_bytes_sent", bytes_sent.to_string());
         if body.moment == FilesMoment::End && body.status == "completed" {
-            note("promotion", self.promote(body, &manifest).await?);
+            note("promotion", self.promote(body, &prefix, &manifest).await?);
         }
         Ok(receipt)
     }
@@ -134,18 +134,41 @@ impl StoreSink {
         })
     }
 
-    /// The run's manifest and its checksum. One that cannot be read is as good as none, but for a word in the log.
-    async fn manifest(&self, prefix: &ObjectKey) -> Result<Option<(Manifest, String)>, StoreError> {
-        let Some(bytes) = read_bytes(self.store.as_ref(), &self.bucket, prefix).await? else {
-            return Ok(None);
-        };
-        match Manifest::parse(&bytes, prefix) {
-            Ok(manifest) => Ok(Some((manifest, hex(&Sha256::digest(&bytes))))),
-            Err(reason) => {
-                tracing::warn!(%prefix, reason, "the manifest in the store cannot be read and is replaced");
-                Ok(None)
+    /// What lies at the key of the manifest. One that cannot be read is as good as none, but for a word in the log.
+    async fn there(&self, prefix: &ObjectKey) -> Result<There, StoreError> {
+        let there = read_manifest(self.store.as_ref(), &self.bucket, prefix).await?;
+        if let Some(reason) = &there.fault {
+            tracing::warn!(%prefix, reason, "the manifest in the store cannot be read and is replaced");
+        }
+        Ok(there)
+    }
+
+    /// Writes the manifest of what was sent in place of the one that is there, then removes what it no longer names.
+    async fn write(&self, body: &FilesBody, prefix: &ObjectKey, sent: &Sent) -> Result<Manifest, StoreError> {
+        let key = manifest_key(prefix)?;
+        for _ in 0..WRITE_TRIES_MAX {
+            // Whoever took the run over meanwhile wrote a manifest of its own.
+            let there = self.there(prefix).await?;
+            there.fence(&body.run)?;
+            let same_run = there.manifest.as_ref().filter(|old| old.instance == body.run.instance);
+            let parent = same_run.and(there.sha256.clone());
+            let mut manifest = Manifest::of(body, parent, now_unix_ms());
+            if let Some(position) = sent.position {
+                let is_end = body.moment == FilesMoment::End;
+                manifest.epoch = if is_end { body.epoch.max(position.epoch) } else { position.epoch };
+                manifest.step = position.step;
+            }
+            let old_files = same_run.map(|old| old.files.as_slice()).unwrap_or_default();
+            manifest.files = self.retained(sent.files.clone(), old_files);
+            let text = text_of(&manifest, prefix)?;
+            let sha256 = hex(&Sha256::digest(&text));
+            if self.store.put_if(&self.bucket, &key, text, there.expected()).await?.is_some() {
+                let old_files = there.manifest.map(|old| old.files).unwrap_or_default();
+                self.remove_unnamed(prefix, (&manifest, &sha256), &old_files, body.moment).await;
+                return Ok(manifest);
             }
         }
+        Err(StoreError::Busy { object: format!("{}/{key}", self.bucket) })
     }
 
     /// The files of the new manifest: what was sent, and of what the old one named, what is kept.
@@ -171,11 +194,12 @@ impl StoreSink {
     }
 
     /// Removes objects that the old manifest named and the new one does not, and at the end older checkpoints that
-    /// no manifest names. What cannot be removed costs room and nothing else.
+    /// no manifest names. Nothing once the manifest is another one: its owner may need them. What cannot be removed costs
+    /// room and nothing else.
     async fn remove_unnamed(
         &self,
         prefix: &ObjectKey,
-        manifest: &Manifest,
+        (manifest, sha256): (&Manifest, &str),
         old_files: &[ManifestFile],
         moment: FilesMoment,
     ) {
@@ -193,28 +217,21 @@ impl StoreSink {
         }
         unnamed.sort();
         unnamed.dedup();
-        for key in unnamed.iter().filter(|key| !named.contains(key.as_str())) {
+        unnamed.retain(|key| !named.contains(key.as_str()));
+        if unnamed.is_empty() {
+            return;
+        }
+        let there = self.there(prefix).await.ok().and_then(|there| there.sha256);
+        if there.as_deref() != Some(sha256) {
+            tracing::info!(%prefix, "the manifest is another one by now: what it may need is not removed");
+            return;
+        }
+        for key in &unnamed {
             let Ok(key) = ObjectKey::new(key) else { continue };
             if let Err(error) = self.store.delete(&self.bucket, &key).await {
                 tracing::warn!(%key, %error, "an object that is no longer needed stays in the store");
             }
         }
-    }
-}
-
-/// A manifest of the same run by a later owner, or of a later run of the task, ends this one's deliveries. Numbers are compared
-/// only where one clock gave them out: Redis for the instances of a shared queue, the machine for its own jobs. Otherwise
-/// whoever comes later replaces what is there.
-fn fence(body: &FilesBody, there: Option<&Manifest>) -> Result<(), DeliveryError> {
-    let run = &body.run;
-    let is_of_one_clock = |there: &&Manifest| {
-        let (ours, theirs) = (is_shared_instance(&run.instance), is_shared_instance(&there.instance));
-        let is_own = !ours && !theirs && there.machine_id == run.machine_id;
-        there.instance == run.instance || ours && theirs || is_own
-    };
-    match there.filter(is_of_one_clock).filter(|there| there.fence > run.fence) {
-        Some(there) => Err(DeliveryError::Fenced { owner: there.machine_id.clone(), fence: there.fence }),
-        None => Ok(()),
     }
 }
 
@@ -233,51 +250,5 @@ impl Sink for StoreSink {
             DeliveryBody::Files(body) => self.send(body).await,
             _ => Err(DeliveryError::Refused { what: "the store takes files only".into(), source: None }),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::job::delivery::RunRef;
-
-    fn body(instance: &str, machine: &str, fence: u64) -> FilesBody {
-        FilesBody {
-            run: RunRef {
-                task_id: "t".parse().expect("an id"),
-                instance: instance.into(),
-                study_name: "s".into(),
-                version: None,
-                trial_number: 1,
-                kind: "yolo".into(),
-                run_dir: "/r".into(),
-                fence,
-                machine_id: machine.into(),
-            },
-            moment: FilesMoment::Checkpoint,
-            status: "running".into(),
-            epoch: 1,
-            step: 1,
-            metrics: serde_json::Map::new(),
-            fitness: None,
-            fitness_name: "fitness".into(),
-            val_fingerprint: None,
-        }
-    }
-
-    #[test]
-    fn only_numbers_of_one_clock_fence() {
-        let is_fenced = |there: FilesBody, late: FilesBody| {
-            let there = Manifest::of(&there, None, 0);
-            matches!(fence(&late, Some(&there)), Err(DeliveryError::Fenced { fence: 9, .. }))
-        };
-        assert!(is_fenced(body("q/1-0", "a", 9), body("q/1-0", "b", 8)), "the same run, an earlier owner");
-        assert!(is_fenced(body("q/2-0", "a", 9), body("q/1-0", "b", 8)), "an earlier submission");
-        assert!(is_fenced(body("u2", "a", 9), body("u1", "a", 8)), "an earlier run on the same machine");
-        assert!(!is_fenced(body("u1", "a", 9), body("u2", "b", 8)), "a machine whose clock is slow");
-        assert!(!is_fenced(body("q/1-0", "a", 9), body("u2", "a", 8)), "the clock of Redis is ahead");
-        assert!(!is_fenced(body("u1", "a", 9), body("q/1-0", "a", 8)), "the clock of Redis is slow");
-        assert!(!is_fenced(body("u1", "a", 9), body("u2", "a", 10)), "a later run");
-        assert!(fence(&body("u1", "a", 1), None).is_ok());
     }
 }

@@ -69,8 +69,13 @@ fn is_better(new: &Pointer, old: Option<&Pointer>) -> Result<(), String> {
 
 impl StoreSink {
     /// Promotes the best weights of a completed run where they are better. Says what was done, or why nothing was.
-    pub(super) async fn promote(&self, body: &FilesBody, manifest: &Manifest) -> Result<String, StoreError> {
-        match self.try_promote(body, manifest).await {
+    pub(super) async fn promote(
+        &self,
+        body: &FilesBody,
+        prefix: &ObjectKey,
+        manifest: &Manifest,
+    ) -> Result<String, StoreError> {
+        match self.try_promote(body, prefix, manifest).await {
             Ok(outcome) => Ok(outcome),
             // The run itself is stored; a bucket that is not ours to write to is no reason to send it again.
             Err(
@@ -83,7 +88,12 @@ impl StoreSink {
         }
     }
 
-    async fn try_promote(&self, body: &FilesBody, manifest: &Manifest) -> Result<String, StoreError> {
+    async fn try_promote(
+        &self,
+        body: &FilesBody,
+        prefix: &ObjectKey,
+        manifest: &Manifest,
+    ) -> Result<String, StoreError> {
         let Some(fitness) = manifest.fitness else { return Ok("left: the run has no score".into()) };
         let Some(weights) = manifest.newest(Role::Best).or_else(|| manifest.newest(Role::Last)) else {
             return Ok("left: the run has no weights in the store".into());
@@ -126,6 +136,7 @@ impl StoreSink {
         if let Err(reason) = is_better(&new, old.as_ref()) {
             return Ok(format!("left: {reason}"));
         }
+        self.there(prefix).await?.fence(run)?;
         // The pointer is written after the weights: until then the old one stands, and this is done again.
         self.store.copy((&self.bucket, &source), (&self.better_bucket, &target)).await?;
         let head = self.store.head(&self.better_bucket, &target).await?;

@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use minio::s3::error::Error;
 use minio::s3::types::S3Api;
 use sha2::{Digest, Sha256};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::attempts::{Tries, limit};
 use super::faults::{self, Soon};
@@ -15,12 +15,14 @@ use super::upload::io;
 use super::{MinioStore, Seen};
 use crate::adapters::store::error::StoreError;
 use crate::adapters::store::local::Arriving;
-use crate::adapters::store::{BucketName, ObjectHead, ObjectKey, blocking, hex};
+use crate::adapters::store::{BucketName, ObjectHead, ObjectKey, Versioned, blocking, hex};
 
 /// Longest silence of a server that sends an object.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Further tries of an object that was replaced while it was fetched.
 const REPLACED_TRIES_MAX: u32 = 5;
+/// The first pause before it is read again.
+const TORN_PAUSE: Duration = Duration::from_millis(20);
 /// Bytes handed to the disk at one time.
 const PIECE_BYTES: usize = 1 << 20;
 
@@ -116,22 +118,30 @@ impl MinioStore {
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Versioned, StoreError> {
         let mut tries = 0;
         loop {
-            match self.read_once(bucket, key, bytes_max).await {
-                Err(error) if faults::is_replaced(&error) && tries < REPLACED_TRIES_MAX => tries += 1,
-                done => return done,
+            let read = self.read_once(bucket, key, bytes_max).await;
+            let is_torn = match &read {
+                Ok((_, is_whole)) => !is_whole,
+                Err(error) => faults::is_replaced(error),
+            };
+            if !is_torn || tries >= REPLACED_TRIES_MAX {
+                // One that stays so is damaged, which whoever asked sees by its content.
+                return read.map(|(read, _)| read);
             }
+            tries += 1;
+            sleep(TORN_PAUSE * tries).await;
         }
     }
 
+    /// False beside what is not what the server says of it: small servers show an object while they write it.
     async fn read_once(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<(Versioned, bool), StoreError> {
         let seen = self.look(bucket, key).await?;
         let bytes = seen.head.bytes;
         if bytes > bytes_max {
@@ -139,7 +149,8 @@ impl MinioStore {
         }
         let mut taker = ToMemory(Vec::with_capacity(bytes as usize));
         self.transfer(bucket, key, &seen, &mut taker).await?;
-        Ok(taker.0)
+        let is_whole = seen.head.sha256.is_none_or(|sha256| sha256 == hex(&Sha256::digest(&taker.0)));
+        Ok((Versioned { bytes: taker.0, version: seen.head.etag }, is_whole))
     }
 
     pub(super) async fn hash_of(&self, bucket: &BucketName, key: &ObjectKey) -> Result<String, StoreError> {

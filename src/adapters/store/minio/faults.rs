@@ -99,6 +99,7 @@ fn by_status(what: &str, object: &str, status: u16, message: String) -> Fault {
         404 => (StoreError::Missing { object: object.to_owned() }, Soon::No),
         401 | 403 => (StoreError::Denied { what, source: Some(Box::new(reply)) }, Soon::No),
         507 => (StoreError::Full { what, source: Some(Box::new(reply)) }, Soon::No),
+        501 => (StoreError::Refused { what, source: Some(Box::new(reply)) }, Soon::No),
         408 | 425 | 429 | 500.. => {
             (StoreError::Unavailable { what, source: Some(Box::new(reply)) }, Soon::Yes)
         }
@@ -166,6 +167,18 @@ pub(super) fn is_replaced(error: &StoreError) -> bool {
     is_code(error, &["PreconditionFailed", "HTTP 412", "InvalidRange", "HTTP 416"])
 }
 
+/// True when an object was not stored because the key does not hold what was expected, or was just being written to.
+pub(super) fn is_unexpected(error: &StoreError) -> bool {
+    is_code(error, &["PreconditionFailed", "HTTP 412", "ConditionalRequestConflict", "HTTP 409"])
+}
+
+/// True when the server does not take a request with a condition.
+pub(super) fn is_not_taken(error: &StoreError) -> bool {
+    let codes =
+        ["NotImplemented", "MethodNotAllowed", "HTTP 501", "InvalidRequest", "InvalidArgument", "HTTP 400"];
+    is_code(error, &codes)
+}
+
 fn is_code(error: &StoreError, codes: &[&str]) -> bool {
     let StoreError::Refused { source: Some(source), .. } = error else { return false };
     let reply = source.downcast_ref::<Reply>();
@@ -185,11 +198,13 @@ mod tests {
         assert_eq!(reply("SlowDown").soon, Soon::Yes);
         assert_eq!(reply("InvalidArgument").soon, Soon::No);
         assert!(is_replaced(&reply("PreconditionFailed").error));
+        assert!(is_unexpected(&reply("ConditionalRequestConflict").error));
         assert!(is_upload_gone(&reply("NoSuchUpload").error));
         let state = |status| by_status("put", "b/k", status, String::new());
         assert!(matches!(state(507).error, StoreError::Full { .. }));
         assert!(matches!(state(403).error, StoreError::Denied { .. }));
         assert_eq!((state(503).soon, state(500).soon, state(429).soon), (Soon::Yes, Soon::Yes, Soon::Yes));
-        assert_eq!(state(400).soon, Soon::No);
+        assert_eq!((state(400).soon, state(501).soon), (Soon::No, Soon::No));
+        assert!(is_unexpected(&state(412).error) && is_not_taken(&state(501).error));
     }
 }

@@ -4,11 +4,13 @@
 //! The body of every request is signed with its SHA-256, so the server refuses what was damaged on its way.
 
 mod attempts;
+mod conditions;
 mod download;
 mod faults;
 mod upload;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
@@ -24,9 +26,12 @@ use minio::s3::{MinioClient, MinioClientBuilder};
 use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
-use super::{BucketName, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, found, hex};
+use super::{
+    BucketName, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned, found, hex,
+};
 use crate::job::secret::Secret;
 use crate::job::service::StoreConfig;
+use conditions::Conditions;
 
 /// Where the SHA-256 of an object is kept.
 const SHA256_NAME: &str = "sha256";
@@ -42,6 +47,8 @@ pub struct MinioStore {
     /// How addresses of objects are made.
     base: BaseUrl,
     part_bytes: u64,
+    /// What is known of the server's way with conditions.
+    conditions: Arc<Conditions>,
 }
 
 /// Gives the keys out for signing and shows them to nobody.
@@ -105,7 +112,7 @@ impl MinioStore {
             .app_info(Some(("boxwright".into(), env!("CARGO_PKG_VERSION").into())))
             .build()
             .map_err(|error| fault("its certificates or its client", Some(Box::new(error))))?;
-        Ok(Self { client, base, part_bytes: config.part_bytes })
+        Ok(Self { client, base, part_bytes: config.part_bytes, conditions: Arc::default() })
     }
 
     async fn look(&self, bucket: &BucketName, key: &ObjectKey) -> Result<Seen, StoreError> {
@@ -206,8 +213,18 @@ impl ObjectStore for MinioStore {
     ) -> Result<ObjectHead, StoreError> {
         let sha256 = hex(&Sha256::digest(&bytes));
         let length = bytes.len() as u64;
-        self.put_one(bucket, key, bytes, &sha256).await?;
+        self.put_one(bucket, key, bytes, &sha256, Multimap::new()).await?;
         self.verify(bucket, key, length, &sha256).await
+    }
+
+    async fn put_if(
+        &self,
+        bucket: &BucketName,
+        key: &ObjectKey,
+        bytes: Vec<u8>,
+        expected: Expected<'_>,
+    ) -> Result<Option<ObjectHead>, StoreError> {
+        self.put_expected(bucket, key, bytes, expected).await
     }
 
     async fn head(&self, bucket: &BucketName, key: &ObjectKey) -> Result<ObjectHead, StoreError> {
@@ -224,12 +241,12 @@ impl ObjectStore for MinioStore {
         self.download(bucket, key, path, expected).await
     }
 
-    async fn get_bytes(
+    async fn get_versioned(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,
         bytes_max: u64,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Versioned, StoreError> {
         self.read(bucket, key, bytes_max).await
     }
 

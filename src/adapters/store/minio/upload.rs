@@ -84,20 +84,21 @@ impl MinioStore {
             if hex(&Sha256::digest(&bytes)) != file.sha256 {
                 return Err(file.changed());
             }
-            self.put_one(bucket, key, bytes, &file.sha256).await?;
+            self.put_one(bucket, key, bytes, &file.sha256, Multimap::new()).await?;
         } else {
             self.put_parts(bucket, key, file).await?;
         }
         self.verify(bucket, key, file.bytes, &file.sha256).await
     }
 
-    /// Sends an object in one request.
+    /// Sends an object in one request, with further headers.
     pub(super) async fn put_one(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,
         bytes: Vec<u8>,
         sha256: &str,
+        headers: Multimap,
     ) -> Result<(), StoreError> {
         let object = format!("{bucket}/{key}");
         let length = bytes.len() as u64;
@@ -107,6 +108,7 @@ impl MinioStore {
                 .client(self.client.clone())
                 .bucket(types::BucketName::new(bucket.as_str())?)
                 .object(types::ObjectKey::new(key.as_str())?)
+                .extra_headers(Some(headers.clone()))
                 .user_metadata(Some(metadata(sha256)))
                 .checksum_algorithm(Some(ChecksumAlgorithm::SHA256))
                 .data(data.clone())
