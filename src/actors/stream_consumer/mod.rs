@@ -174,6 +174,9 @@ impl StreamConsumer {
     }
 }
 
+/// A question to Redis that is under way.
+type Waiting = Pin<Box<dyn Future<Output = Result<bool, FleetError>> + Send>>;
+
 struct Consumer {
     parts: Parts,
     nudge: Arc<Notify>,
@@ -209,7 +212,7 @@ struct Consumer {
     hung_reads: Arc<AtomicUsize>,
     /// The question whether there is work. It goes on from round to round: a wait that is dropped goes on inside the server,
     /// and the next one would wait behind it.
-    waiting: Option<Pin<Box<dyn Future<Output = Result<bool, FleetError>> + Send>>>,
+    waiting: Option<Waiting>,
     /// GPUs that this machine owns in Redis.
     gpus: BTreeSet<String>,
     /// Names of the slots that were shown last.
