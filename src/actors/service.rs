@@ -33,6 +33,8 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
 const ONCE_INTERVAL: Duration = Duration::from_millis(100);
 /// How long deliveries to side services may hold up the end of a service whose queue became empty.
 const ONCE_DELIVERY_LIMIT: Duration = Duration::from_secs(30);
+/// How long its goodbye to other machines may take.
+const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 
 /// How a service ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,7 +231,7 @@ impl Service {
                     _ = interrupt.recv() => return self.shut_down(&actors, &mut terminate, &mut interrupt).await,
                     () = tokio::time::sleep(interval) => {}
                 }
-                if !actors.supervisor.connected() || !actors.watcher.connected() {
+                if !actors.supervisor.connected() || !actors.watcher.connected() || actors.side.has_failed() {
                     break;
                 }
                 if let Some(reason) = actors.side.fatal() {
@@ -237,8 +239,10 @@ impl Service {
                     return Err(ServiceError::Refused { reason });
                 }
                 if once && is_empty(&actors, &keeper).await {
+                    // Leases last until the results are out.
+                    actors.side.deliver(ONCE_DELIVERY_LIMIT).await;
                     actors.side.leave();
-                    actors.side.finish(ONCE_DELIVERY_LIMIT).await;
+                    actors.side.finish(LEAVE_LIMIT).await;
                     actors.supervisor.do_send(Shutdown);
                     return Ok(ServiceEnd::Empty { all_completed: self.tally.all_completed() });
                 }

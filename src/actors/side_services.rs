@@ -244,11 +244,14 @@ impl SideServices {
         }
     }
 
-    /// Lets the couriers deliver what they can within `limit`, then ends everything. What is left is in the outbox.
-    pub async fn finish(&self, limit: Duration) {
-        if let Some(consumer) = &self.consumer {
-            consumer.finish();
-        }
+    /// True when a part ended that should go on: without its heartbeats other machines would take this one's jobs.
+    pub fn has_failed(&self) -> bool {
+        self.consumer.as_ref().is_some_and(StreamConsumer::is_finished)
+    }
+
+    /// Lets the couriers deliver what they can within `limit`, and ends them. Leases are renewed meanwhile. What is left is in
+    /// the outbox.
+    pub async fn deliver(&self, limit: Duration) {
         if let Some(reporter) = &self.reporter {
             reporter.finish();
         }
@@ -256,14 +259,28 @@ impl SideServices {
             courier.finish(limit);
         }
         self.telemetry.finish();
-        let deadline = Instant::now() + limit;
         let is_over = || {
             self.couriers.iter().all(Courier::is_finished)
                 && self.reporter.as_ref().is_none_or(Reporter::is_finished)
-                && self.consumer.as_ref().is_none_or(StreamConsumer::is_finished)
         };
-        while !is_over() && Instant::now() < deadline {
-            tokio::time::sleep(END_POLL).await;
+        wait_until(is_over, limit).await;
+    }
+
+    /// As [`SideServices::deliver`], and ends everything.
+    pub async fn finish(&self, limit: Duration) {
+        if let Some(consumer) = &self.consumer {
+            consumer.finish();
         }
+        let deadline = Instant::now() + limit;
+        self.deliver(limit).await;
+        let is_over = || self.consumer.as_ref().is_none_or(StreamConsumer::is_finished);
+        wait_until(is_over, deadline.saturating_duration_since(Instant::now())).await;
+    }
+}
+
+async fn wait_until(is_over: impl Fn() -> bool, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    while !is_over() && Instant::now() < deadline {
+        tokio::time::sleep(END_POLL).await;
     }
 }

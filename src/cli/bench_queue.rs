@@ -28,7 +28,7 @@ pub struct Args {
     /// Jobs.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub jobs: u32,
-    /// Jobs at a time; 0 takes them and runs none.
+    /// Jobs at a time; 0 accepts files of the folder and runs none (nothing is taken from a stream without a slot).
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=64))]
     pub slots: u32,
     /// The way in; the stream needs REDIS_URL.
@@ -96,6 +96,11 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     if args.intake == Intake::Stream && url.is_none() {
         return Err(CliError::usage("the stream needs REDIS_URL; --intake folder does without"));
     }
+    if args.intake == Intake::Stream && args.slots == 0 {
+        return Err(CliError::usage(
+            "without a slot nothing is taken from the stream; --slots 0 is for --intake folder",
+        ));
+    }
     let scratch = Scratch(std::env::temp_dir().join(format!("boxwright-queue-{}", std::process::id())));
     let root = scratch.0.as_path();
     for folder in ["configs", "aside"] {
@@ -132,10 +137,9 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
 
 fn start(root: &Path, args: &Args, topic: &str) -> Result<Service, CliError> {
     let program = std::env::current_exe().map_err(failed("this program cannot find itself"))?;
-    let prefetch = if args.slots == 0 { args.jobs } else { 0 };
     let text = format!(
         "slots: {{cpu: {}, gpus: none}}\nstore: {{folder: null}}\nlogging: {{level: WARNING}}\n\
-         redis: {{topic: {topic}, result_topic: {topic}-results, prefetch: {prefetch}, log_ttl_seconds: 60, \
+         redis: {{topic: {topic}, result_topic: {topic}-results, log_ttl_seconds: 60, \
          progress_ttl_seconds: 60}}\nmachine_id: {topic}\n",
         args.slots
     );

@@ -26,7 +26,7 @@ async fn nobody_there_is_told_at_once() {
     server.kill();
     let fleet = fleet(&server, "a");
     let begin = Instant::now();
-    let error = fleet.take(1, 0).await.expect_err("nobody there");
+    let error = fleet.take(1, 0, &[]).await.expect_err("nobody there");
     assert!(matches!(error, FleetError::Unreachable { .. }), "{error:?}");
     assert!(error.to_string().contains(&format!("127.0.0.1:{}", server.port())), "{error}");
     assert!(begin.elapsed() < Duration::from_secs(2));
@@ -41,11 +41,11 @@ async fn a_killed_server_is_found_again_with_everything_that_was_pushed() {
     let mut order = Vec::new();
     for round in 0..5 {
         push(&server, &format!("{round}"), &[]);
-        let taken = fleet.take(5, 0).await.expect("taken");
+        let taken = fleet.take(5, 0, &[]).await.expect("taken");
         order.extend(names(&taken).into_iter().map(str::to_owned).collect::<Vec<_>>());
         let waiting = tokio::spawn({
             let fleet = fleet.clone();
-            async move { fleet.wait_for_work(60_000).await }
+            async move { fleet.wait_for_work(60_000, &[]).await }
         });
         if round % 2 == 0 {
             tokio::time::sleep(Duration::from_millis(30)).await;
@@ -82,7 +82,7 @@ async fn a_server_that_stands_still_costs_every_call_two_seconds() {
     server.resume();
     until_alive(&fleet).await;
     push(&server, "x", &[]);
-    assert_eq!(names(&fleet.take(1, 0).await.expect("taken")), ["x"]);
+    assert_eq!(names(&fleet.take(1, 0, &[]).await.expect("taken")), ["x"]);
 }
 
 #[tokio::test]

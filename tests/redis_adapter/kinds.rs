@@ -50,12 +50,12 @@ async fn a_user_with_few_rights_is_enough_and_lacking_ones_are_named() {
     get::<String>(&server, &["XGROUP", "CREATE", TOPIC, "training_group", "0", "MKSTREAM"]);
     fleet.ensure_groups().await.expect("groups");
     push(&server, "x", &[]);
-    assert_eq!(fleet.take(1, 0).await.expect("taken").len(), 1);
+    assert_eq!(fleet.take(1, 0, &[]).await.expect("taken").len(), 1);
     fleet.progress(&task("t"), &[("EPOCH".into(), "1".into())], false).await.expect("shown");
     let warnings = fleet.warnings().await.expect("a note");
     assert!(matches!(&warnings[..], [Warning::Note(text)] if text.contains("does not show")), "{warnings:?}");
     get::<String>(&server, &["ACL", "SETUSER", "worker", "resetkeys", "~lease:*"]);
-    let error = fleet.take(1, 0).await.expect_err("no permission");
+    let error = fleet.take(1, 0, &[]).await.expect_err("no permission");
     assert!(matches!(error, FleetError::NoPermission { .. }), "{error:?}");
     assert_eq!(error.retry(), Retry::Never);
     get::<String>(&server, &["ACL", "SETUSER", "worker", "off"]);
@@ -155,7 +155,7 @@ async fn tls_with_an_authority_of_ones_own() {
     let trusted = handle(&tls(Some(file("ca.crt"))));
     trusted.ping().await.expect("trusted");
     trusted.ensure_groups().await.expect("groups");
-    assert!(!trusted.wait_for_work(20).await.expect("waited"));
+    assert!(!trusted.wait_for_work(20, &[]).await.expect("waited"));
     let unknown = handle(&tls(None)).ping().await.expect_err("not trusted");
     assert!(matches!(unknown, FleetError::Unreachable { .. }), "{unknown:?}");
     let plain = RedisConfig { urls: vec![server.url()], ..RedisConfig::default() };
@@ -220,8 +220,8 @@ async fn sentinels_lead_to_the_master() {
     let fleet = handle(&config);
     push(&master, "x", &[]);
     fleet.ensure_groups().await.expect("groups");
-    assert!(fleet.wait_for_work(1_000).await.expect("waited"));
-    assert_eq!(names(&fleet.take(1, 0).await.expect("taken")), ["x"]);
+    assert!(fleet.wait_for_work(1_000, &[]).await.expect("waited"));
+    assert_eq!(names(&fleet.take(1, 0, &[]).await.expect("taken")), ["x"]);
 
     // The master dies; the replica, which has everything, takes its place.
     crate::servers::wait("the sentinel to know the replica", || {
@@ -264,8 +264,8 @@ async fn a_cluster_does_all_of_it() {
     push(&server, "x", &[]);
     push(&server, "h", &["priority", "high"]);
     a.ensure_groups().await.expect("groups");
-    assert!(a.wait_for_work(1_000).await.expect("waited"));
-    let taken = a.take(5, 0).await.expect("taken");
+    assert!(a.wait_for_work(1_000, &[]).await.expect("waited"));
+    let taken = a.take(5, 0, &[]).await.expect("taken");
     assert_eq!(names(&taken), ["h", "x"]);
     assert_eq!(taken[0].entry.queue, "{training_queue}:high");
     assert_eq!(a.own_pending(5).await.expect("found").len(), 2);
@@ -306,7 +306,7 @@ async fn a_cluster_does_all_of_it() {
     get::<i64>(&server, &["RPUSH", "evaluate", "1", "2"]);
     let mut held = Vec::new();
     while held.len() < 2 {
-        held.extend(a.take(2, 0).await.expect("taken"));
+        held.extend(a.take(2, 0, &[]).await.expect("taken"));
     }
     assert!(a.bury(&held[0].entry, &held[0].fields, "why").await.expect("buried"));
     a.leave(&[]).await.expect("left");

@@ -12,7 +12,7 @@ async fn the_documented_push_is_taken_in_order_and_once() {
     let Some(server) = RedisServer::start() else { return };
     let (a, b) = (ready(&server, "a").await, ready(&server, "b").await);
     let ids: Vec<String> = (0..5).map(|i| push(&server, &format!("/c/{i}.yaml"), &[])).collect();
-    let first = a.take(2, 0).await.expect("taken");
+    let first = a.take(2, 0, &[]).await.expect("taken");
     assert_eq!(names(&first), ["/c/0.yaml", "/c/1.yaml"]);
     assert_eq!(
         (first[0].entry.id.as_str(), first[0].original_id.as_str()),
@@ -24,15 +24,15 @@ async fn the_documented_push_is_taken_in_order_and_once() {
     );
     assert_eq!(first[0].fields["trial_number"], "1");
     assert!(ids[0].starts_with(&format!("{}-", first[0].at_unix_ms)));
-    assert_eq!(names(&b.take(10, 0).await.expect("taken")), ["/c/2.yaml", "/c/3.yaml", "/c/4.yaml"]);
+    assert_eq!(names(&b.take(10, 0, &[]).await.expect("taken")), ["/c/2.yaml", "/c/3.yaml", "/c/4.yaml"]);
     get::<i64>(&server, &["EXPIRE", TOPIC, "100"]);
-    assert!(a.take(10, 0).await.expect("nothing").is_empty());
+    assert!(a.take(10, 0, &[]).await.expect("nothing").is_empty());
     assert_eq!(
         get::<i64>(&server, &["TTL", TOPIC]),
         -1,
         "the queue does not end with one message's lifetime"
     );
-    assert!(a.take(0, 0).await.expect("nothing").is_empty());
+    assert!(a.take(0, 0, &[]).await.expect("nothing").is_empty());
 }
 
 #[tokio::test]
@@ -43,7 +43,7 @@ async fn urgent_entries_come_first_and_waiting_ones_rise() {
     push(&server, "normal", &[]);
     push(&server, "odd", &["priority", "whatever"]);
     push(&server, "high", &["priority", "HIGH"]);
-    let taken = fleet.take(10, 0).await.expect("taken");
+    let taken = fleet.take(10, 0, &[]).await.expect("taken");
     assert_eq!(names(&taken), ["high", "normal", "odd", "low"]);
     assert_eq!(
         (taken[0].entry.queue.as_str(), taken[3].entry.queue.as_str()),
@@ -62,7 +62,7 @@ async fn urgent_entries_come_first_and_waiting_ones_rise() {
     get::<String>(&server, &["XADD", "training_queue:low", &format!("{old}-1"), "config_path", "waited"]);
     fleet.ensure_groups().await.expect("groups");
     push(&server, "urgent", &["priority", "high"]);
-    assert_eq!(names(&fleet.take(2, hour).await.expect("taken")), ["waited", "urgent"]);
+    assert_eq!(names(&fleet.take(2, hour, &[]).await.expect("taken")), ["waited", "urgent"]);
 }
 
 #[tokio::test]
@@ -77,7 +77,10 @@ async fn a_priority_far_behind_in_a_long_queue_is_seen_soon() {
     let mut order = Vec::new();
     for _ in 0..4 {
         order.extend(
-            names(&fleet.take(1, 0).await.expect("taken")).into_iter().map(str::to_owned).collect::<Vec<_>>(),
+            names(&fleet.take(1, 0, &[]).await.expect("taken"))
+                .into_iter()
+                .map(str::to_owned)
+                .collect::<Vec<_>>(),
         );
     }
     assert_eq!(order, ["0", "1", "high", "2"]);
@@ -90,7 +93,7 @@ async fn with_another_group_on_the_topic_nothing_is_taken_from_it() {
     get::<String>(&server, &["XGROUP", "CREATE", TOPIC, "others", "0"]);
     push(&server, "normal", &[]);
     push(&server, "high", &["priority", "high"]);
-    let taken = fleet.take(5, 0).await.expect("taken");
+    let taken = fleet.take(5, 0, &[]).await.expect("taken");
     assert_eq!(names(&taken), ["normal", "high"], "no class is told apart");
     for taken in &taken {
         assert!(fleet.acknowledge(&taken.entry).await.expect("acknowledged"));
@@ -117,7 +120,7 @@ async fn odd_entries_do_no_harm() {
         .arg(&b"\xff\xfe"[..])
         .exec(&mut link)
         .expect("added");
-    let taken = fleet.take(10, 1).await.expect("taken");
+    let taken = fleet.take(10, 1, &[]).await.expect("taken");
     assert_eq!((taken.len(), taken[0].fields.len()), (2, 20_001));
     assert_eq!(taken[1].fields["config_path"], "\u{fffd}\u{fffd}");
     assert!(fleet.bury(&taken[0].entry, &taken[0].fields, "too many fields").await.expect("buried"));
@@ -135,8 +138,8 @@ async fn lists_are_taken_in_the_order_of_pushing() {
     assert_eq!(fleet.ensure_groups().await.expect("fine"), QueueKind::List);
     get::<i64>(&server, &["RPUSH", "recreate", "r1"]);
     get::<i64>(&server, &["RPUSH", "evaluate", "e1"]);
-    let mut taken = fleet.take(3, 0).await.expect("taken");
-    taken.extend(fleet.take(3, 0).await.expect("taken"));
+    let mut taken = fleet.take(3, 0, &[]).await.expect("taken");
+    taken.extend(fleet.take(3, 0, &[]).await.expect("taken"));
     let queues: Vec<_> =
         taken.iter().map(|taken| (taken.entry.queue.as_str(), taken.fields["payload"].as_str())).collect();
     assert_eq!(queues, [(TOPIC, plain), (TOPIC, double.as_str()), ("recreate", "r1"), ("evaluate", "e1")]);
@@ -149,7 +152,7 @@ async fn lists_are_taken_in_the_order_of_pushing() {
     assert_eq!(fleet.ensure_groups().await.expect("fine"), QueueKind::Missing);
     get::<i64>(&server, &["RPUSH", TOPIC, "again"]);
     assert_eq!(
-        fleet.take(1, 0).await.expect("taken").len() + fleet.take(1, 0).await.expect("taken").len(),
+        fleet.take(1, 0, &[]).await.expect("taken").len() + fleet.take(1, 0, &[]).await.expect("taken").len(),
         1
     );
     for taken in &taken {
@@ -169,7 +172,7 @@ async fn the_topic_and_the_side_lists_take_turns() {
     }
     let mut queues = Vec::new();
     for _ in 0..6 {
-        queues.push(fleet.take(1, 0).await.expect("taken").remove(0).entry.queue);
+        queues.push(fleet.take(1, 0, &[]).await.expect("taken").remove(0).entry.queue);
     }
     assert_eq!(queues, [TOPIC, "evaluate", TOPIC, "evaluate", TOPIC, "evaluate"]);
 }
@@ -181,7 +184,7 @@ async fn an_element_that_is_no_text_is_buried() {
     let client = redis::Client::open(server.url()).expect("a client");
     let mut link = client.get_connection().expect("a connection");
     redis::cmd("RPUSH").arg(TOPIC).arg(&b"\xff"[..]).arg("good").exec(&mut link).expect("pushed");
-    let taken = fleet.take(2, 0).await.expect("taken");
+    let taken = fleet.take(2, 0, &[]).await.expect("taken");
     assert_eq!((taken.len(), taken[0].fields["payload"].as_str()), (1, "good"));
     assert_eq!(get::<usize>(&server, &["XLEN", "training_queue:dead"]), 1);
     assert_eq!(get::<Vec<String>>(&server, &["LRANGE", "training_queue:processing:a", "0", "-1"]), ["good"]);
@@ -193,8 +196,10 @@ async fn a_topic_that_is_no_queue_is_told() {
     let fleet = fleet(&server, "a");
     get::<String>(&server, &["SET", TOPIC, "x"]);
     assert_eq!(fleet.queue_kind().await.expect("kind"), QueueKind::Other("string".into()));
-    let errors =
-        [fleet.take(1, 0).await.expect_err("no queue"), fleet.ensure_groups().await.expect_err("no queue")];
+    let errors = [
+        fleet.take(1, 0, &[]).await.expect_err("no queue"),
+        fleet.ensure_groups().await.expect_err("no queue"),
+    ];
     for error in errors {
         assert!(matches!(error, FleetError::WrongType { .. }), "{error}");
         assert_eq!(error.retry(), Retry::Never);
@@ -206,12 +211,12 @@ async fn waiting_ends_with_the_push_and_takes_nothing() {
     let Some(server) = RedisServer::start() else { return };
     let fleet = ready(&server, "a").await;
     let begin = Instant::now();
-    assert!(!fleet.wait_for_work(300).await.expect("waited"));
+    assert!(!fleet.wait_for_work(300, &[]).await.expect("waited"));
     assert!(begin.elapsed() >= Duration::from_millis(300) && begin.elapsed() < Duration::from_secs(3));
     let begin = Instant::now();
     let waiting = tokio::spawn({
         let fleet = fleet.clone();
-        async move { fleet.wait_for_work(30_000).await }
+        async move { fleet.wait_for_work(30_000, &[]).await }
     });
     // Other calls do not stand behind the one that waits.
     fleet.ping().await.expect("alive");
@@ -219,12 +224,13 @@ async fn waiting_ends_with_the_push_and_takes_nothing() {
     assert!(waiting.await.expect("no panic").expect("waited"));
     assert!(begin.elapsed() < Duration::from_secs(10));
     assert!(
-        fleet.wait_for_work(0).await.expect("at once") || fleet.wait_for_work(100).await.expect("at once")
+        fleet.wait_for_work(0, &[]).await.expect("at once")
+            || fleet.wait_for_work(100, &[]).await.expect("at once")
     );
-    assert_eq!(fleet.take(5, 0).await.expect("taken").len(), 1);
-    assert!(!fleet.wait_for_work(50).await.expect("waited"), "what was taken is no work");
+    assert_eq!(fleet.take(5, 0, &[]).await.expect("taken").len(), 1);
+    assert!(!fleet.wait_for_work(50, &[]).await.expect("waited"), "what was taken is no work");
     get::<i64>(&server, &["RPUSH", "recreate", "r"]);
-    assert!(fleet.wait_for_work(30_000).await.expect("waited"));
+    assert!(fleet.wait_for_work(30_000, &[]).await.expect("waited"));
 }
 
 #[tokio::test]
@@ -232,17 +238,17 @@ async fn waiting_sees_a_topic_appear_as_a_stream_or_a_list() {
     let Some(server) = RedisServer::start() else { return };
     let fleet = fleet(&server, "a");
     fleet.ensure_groups().await.expect("groups");
-    assert!(!fleet.wait_for_work(50).await.expect("waited"));
+    assert!(!fleet.wait_for_work(50, &[]).await.expect("waited"));
     push(&server, "x", &[]);
-    let error = fleet.take(1, 0).await.expect_err("no group yet");
+    let error = fleet.take(1, 0, &[]).await.expect_err("no group yet");
     assert!(error.is_no_group());
-    let error = fleet.wait_for_work(1_000).await.expect_err("no group yet");
+    let error = fleet.wait_for_work(1_000, &[]).await.expect_err("no group yet");
     assert!(error.is_no_group(), "{error}");
     fleet.ensure_groups().await.expect("groups");
-    assert!(fleet.wait_for_work(1_000).await.expect("waited"));
+    assert!(fleet.wait_for_work(1_000, &[]).await.expect("waited"));
     get::<i64>(&server, &["DEL", TOPIC]);
     get::<i64>(&server, &["LPUSH", TOPIC, "x"]);
-    assert!(fleet.wait_for_work(1_000).await.expect("waited"));
+    assert!(fleet.wait_for_work(1_000, &[]).await.expect("waited"));
 }
 
 #[tokio::test]
@@ -251,26 +257,35 @@ async fn a_group_that_was_destroyed_is_made_again_and_nothing_is_lost() {
     let fleet = ready(&server, "a").await;
     push(&server, "0", &[]);
     push(&server, "1", &[]);
-    let taken = fleet.take(1, 0).await.expect("taken");
+    let taken = fleet.take(1, 0, &[]).await.expect("taken");
     assert!(fleet.acknowledge(&taken[0].entry).await.expect("done"));
     get::<i64>(&server, &["XGROUP", "DESTROY", TOPIC, "training_group"]);
     for error in [
-        fleet.take(1, 0).await.expect_err("no group"),
+        fleet.take(1, 0, &[]).await.expect_err("no group"),
         fleet.own_pending(10).await.expect_err("no group"),
         fleet.steal(0, 1).await.expect_err("no group"),
-        fleet.wait_for_work(100).await.expect_err("no group"),
+        fleet.wait_for_work(100, &[]).await.expect_err("no group"),
         fleet.renew_entries(&[taken[0].entry.clone()]).await.expect_err("no group"),
     ] {
         assert!(error.is_no_group() && error.retry() == Retry::After, "{}", error.chain());
     }
     fleet.ensure_groups().await.expect("groups");
-    assert_eq!(names(&fleet.take(5, 0).await.expect("taken")), ["1"], "what was done does not come back");
+    assert_eq!(
+        names(&fleet.take(5, 0, &[]).await.expect("taken")),
+        ["1"],
+        "what was done does not come back"
+    );
 
     let held = push(&server, "held", &[]);
-    let held =
-        fleet.take(1, 0).await.expect("taken").into_iter().find(|taken| taken.entry.id == held).expect("it");
+    let held = fleet
+        .take(1, 0, &[])
+        .await
+        .expect("taken")
+        .into_iter()
+        .find(|taken| taken.entry.id == held)
+        .expect("it");
     get::<i64>(&server, &["DEL", TOPIC]);
-    assert!(fleet.take(1, 0).await.expect("nothing").is_empty());
+    assert!(fleet.take(1, 0, &[]).await.expect("nothing").is_empty());
     let held_entries = std::slice::from_ref(&held.entry);
     assert_eq!(fleet.renew_entries(held_entries).await.expect("gone"), held_entries);
     assert!(
@@ -280,11 +295,11 @@ async fn a_group_that_was_destroyed_is_made_again_and_nothing_is_lost() {
     assert!(fleet.own_pending(5).await.expect("nothing").is_empty());
 
     get::<String>(&server, &["FLUSHALL"]);
-    assert!(fleet.take(1, 0).await.expect_err("no group").is_no_group());
+    assert!(fleet.take(1, 0, &[]).await.expect_err("no group").is_no_group());
     fleet.ensure_groups().await.expect("groups");
-    assert!(fleet.take(1, 0).await.expect("empty").is_empty());
+    assert!(fleet.take(1, 0, &[]).await.expect("empty").is_empty());
     push(&server, "2", &[]);
-    assert!(fleet.take(1, 0).await.expect_err("no group").is_no_group());
+    assert!(fleet.take(1, 0, &[]).await.expect_err("no group").is_no_group());
     fleet.ensure_groups().await.expect("groups");
-    assert_eq!(names(&fleet.take(1, 0).await.expect("taken")), ["2"]);
+    assert_eq!(names(&fleet.take(1, 0, &[]).await.expect("taken")), ["2"]);
 }

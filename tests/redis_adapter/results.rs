@@ -49,7 +49,7 @@ async fn a_result_is_published_once_and_settles_everything() {
     let Some(server) = RedisServer::start() else { return };
     let fleet = ready(&server, "a").await;
     push(&server, "x", &[]);
-    let entry = fleet.take(1, 0).await.expect("taken").remove(0).entry;
+    let entry = fleet.take(1, 0, &[]).await.expect("taken").remove(0).entry;
     let fence = own(&fleet, "t").await;
     assert!(!fleet.is_done("t-instance").await.expect("an answer"));
     let body = result("t", "a", fence, json!(0.1 + 0.2), Some(entry));
@@ -84,7 +84,7 @@ async fn an_entry_of_a_list_is_settled_with_its_result() {
     let fleet = fleet(&server, "a");
     get::<i64>(&server, &["RPUSH", "recreate", "job"]);
     fleet.ensure_groups().await.expect("groups");
-    let entry = fleet.take(1, 0).await.expect("taken").remove(0).entry;
+    let entry = fleet.take(1, 0, &[]).await.expect("taken").remove(0).entry;
     let body = result("t", "a", 5, json!(null), Some(entry));
     assert_eq!(fleet.publish_result(&body, 5).await.expect("published"), Published::Published);
     assert_eq!(get::<i64>(&server, &["EXISTS", "recreate:processing:a"]), 0);
@@ -95,7 +95,7 @@ async fn the_old_owner_is_fenced_off_and_the_new_one_publishes() {
     let Some(server) = RedisServer::start() else { return };
     let (a, b) = (ready(&server, "a").await, ready(&server, "b").await);
     push(&server, "x", &[]);
-    let entry = a.take(1, 0).await.expect("taken").remove(0).entry;
+    let entry = a.take(1, 0, &[]).await.expect("taken").remove(0).entry;
     let old = own(&a, "t").await;
     get::<i64>(&server, &["DEL", "lease:t"]);
     let new = own(&b, "t").await;

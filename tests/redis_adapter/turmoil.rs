@@ -101,13 +101,13 @@ async fn live(fleet: &Fleet, dice: &mut Dice, until: Instant) -> Result<(), Endi
         work_on(fleet, &taken, dice).await?;
     }
     while Instant::now() < until {
-        let mut taken = fleet.take(1, 0).await?;
+        let mut taken = fleet.take(1, 0, &[]).await?;
         taken.extend(fleet.steal(LEASE_MS, 1).await?.entries);
         may_die(dice)?;
         for taken in taken {
             work_on(fleet, &taken, dice).await?;
         }
-        fleet.wait_for_work(20).await?;
+        fleet.wait_for_work(20, &[]).await?;
     }
     Ok(())
 }

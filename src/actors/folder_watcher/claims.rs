@@ -1,17 +1,28 @@
 //! One file, one service: several services may watch one folder.
 //!
 //! Who takes a file says so in its sidecar (`taken_by`), and the sidecar stays: a file belongs to the service that took it,
-//! its later edits too, as its journal alone knows the job. Until the sidecar is written, a claim (`.name.yaml.claim`,
-//! made with `O_EXCL`, which local file systems, NFS and SMB keep) holds the others off. A claim is never broken by a
-//! clock: a service that died with it goes on with its file when it is back, as with every job of its folder.
+//! its later edits too, as its journal alone knows the job. A refusal is signed in a file beside it (`.name.yaml.refused`)
+//! and stands until the file is written again, as everywhere. Until one of the two is there, a claim (`.name.yaml.claim`,
+//! made whole and exclusively by a hard link, or with `O_EXCL` where there are no links) holds the others off. A claim is
+//! never broken by a clock: a service that died with it goes on with its file when it is back, as with every job of its
+//! folder.
 
-use std::io::{ErrorKind, Write};
+use std::io::{Error, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::actors::intake::{Taker, sidecars};
 
 /// Bytes of a claim or a sidecar that are read.
 const BYTES_MAX: u64 = 1 << 20;
+
+/// A file as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Content {
+    /// SHA-256 of its text, hexadecimal.
+    pub(super) sha256: String,
+    /// When it was written, Unix milliseconds.
+    pub(super) modified_unix_ms: i64,
+}
 
 /// Whose a file is.
 #[derive(Debug)]
@@ -22,22 +33,36 @@ pub(super) enum Claim {
     Taken {
         /// Its machine.
         machine_id: String,
+        /// That is the name of this machine too: an earlier state folder, or a name that two services have.
+        is_namesake: bool,
         /// It was edited since, if the sidecar tells.
         edited: bool,
     },
-    /// Another service is deciding about it.
-    Claimed {
-        /// What the claim says of its machine; empty in the moment before it is written.
+    /// Another service refused it, as it is now.
+    Refused {
+        /// Its machine.
         machine_id: String,
     },
-    /// The folder takes no claims (read-only, say), so any service may take the file.
-    Free(std::io::Error),
+    /// Another service is deciding about it.
+    Claimed {
+        /// What the claim says of its machine; empty where it was cut short.
+        machine_id: String,
+    },
+    /// The folder takes no claims from us (it is read-only, say), so any service may take the file.
+    Free(Error),
 }
 
 /// A claim of ours; goes when this is dropped.
 #[derive(Debug)]
 pub(super) struct Held {
     path: PathBuf,
+}
+
+impl Held {
+    /// Leaves the claim where it is: the verdict is not beside the file yet. The next look of this service finds it.
+    pub(super) fn keep(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Held {
@@ -49,54 +74,118 @@ impl Drop for Held {
 
 /// The claim of a file.
 pub(super) fn claim_path(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.claim"))
+    hidden(path, "claim")
 }
 
-/// Claims `path`, whose content has the hash `content_sha256`, for `taker`.
-pub(super) fn claim(path: &Path, taker: &Taker, content_sha256: &str) -> Claim {
-    if let Some(taken) = taken(path, taker, content_sha256) {
-        return taken;
+fn hidden(path: &Path, suffix: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{suffix}"))
+}
+
+/// Claims the file `path` with this content for `taker`.
+///
+/// # Errors
+/// What is there cannot be read, or the share fails otherwise than by refusing: nothing is known then.
+pub(super) fn claim(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Claim> {
+    if let Some(decided) = decided(path, taker, content)? {
+        return Ok(decided);
     }
     let file = claim_path(path);
-    let written =
-        std::fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|mut claim| {
-            let held = Held { path: file.clone() };
-            writeln!(claim, "{}\n{}", taker.installation, taker.machine_id)?;
-            Ok(held)
-        });
-    let held = match written {
-        Ok(held) => held,
+    let held = match place(path, &file, taker) {
+        Ok(()) => Held { path: file },
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            let text = read(&file).unwrap_or_default();
+            // It may have gone since, with a verdict in its place; the next look sees that.
+            let text = read(&file)?.unwrap_or_default();
             let mut lines = text.lines();
             if lines.next() != Some(taker.installation.as_str()) {
-                return Claim::Claimed { machine_id: lines.next().unwrap_or_default().to_owned() };
+                return Ok(Claim::Claimed { machine_id: lines.next().unwrap_or_default().to_owned() });
             }
             Held { path: file }
         }
-        Err(error) => return Claim::Free(error),
+        Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+            return Ok(Claim::Free(error));
+        }
+        Err(error) => return Err(error),
     };
-    // The other may have written its sidecar and let go between the first look and the claim.
-    taken(path, taker, content_sha256).unwrap_or(Claim::Ours(held))
+    // The other may have written its verdict and let go between the first look and the claim.
+    Ok(decided(path, taker, content)?.unwrap_or(Claim::Ours(held)))
 }
 
-/// The other service that the sidecar names, if any.
-fn taken(path: &Path, taker: &Taker, content_sha256: &str) -> Option<Claim> {
-    let sidecar: serde_json::Value = serde_json::from_str(&read(&sidecars(path).0).ok()?).ok()?;
-    let by = sidecar.get("taken_by")?;
-    let installation = by.get("installation")?.as_str()?;
-    (installation != taker.installation).then(|| Claim::Taken {
-        machine_id: by.get("machine_id").and_then(|name| name.as_str()).unwrap_or_default().to_owned(),
-        edited: sidecar["content_sha256"].as_str() != Some(content_sha256),
-    })
+/// Makes the claim `file`, whole or not at all.
+fn place(path: &Path, file: &Path, taker: &Taker) -> std::io::Result<()> {
+    let text = format!("{}\n{}\n", taker.installation, taker.machine_id);
+    let draft = hidden(path, &format!("{}.tmp", taker.installation));
+    let mut written = std::fs::File::create(&draft)?;
+    written.write_all(text.as_bytes())?;
+    written.sync_data()?;
+    let linked = std::fs::hard_link(&draft, file);
+    drop(std::fs::remove_file(&draft));
+    match linked {
+        Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) => {
+            // A file system without links.
+            let mut claim = std::fs::OpenOptions::new().write(true).create_new(true).open(file)?;
+            claim.write_all(text.as_bytes())
+        }
+        other => other,
+    }
 }
 
-fn read(path: &Path) -> std::io::Result<String> {
-    use std::io::Read;
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(BYTES_MAX).read_to_string(&mut text)?;
-    Ok(text)
+/// Signs the refusal of a file, or takes the signature away when it was accepted.
+///
+/// # Errors
+/// Those of the file system; other services judge for themselves then.
+pub(super) fn sign_refusal(path: &Path, taker: &Taker, refused: Option<&Content>) -> std::io::Result<()> {
+    let file = hidden(path, "refused");
+    let Some(content) = refused else {
+        return match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+    };
+    let Content { sha256, modified_unix_ms } = content;
+    let text = format!("{}\n{}\n{sha256}\n{modified_unix_ms}\n", taker.installation, taker.machine_id);
+    if read(&file)?.as_ref() == Some(&text) {
+        return Ok(());
+    }
+    let draft = hidden(path, &format!("{}.tmp", taker.installation));
+    std::fs::write(&draft, text)?;
+    std::fs::rename(draft, file)
+}
+
+/// What another service decided, if any did.
+fn decided(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Option<Claim>> {
+    if let Some(text) = read(&sidecars(path).0)?
+        // A sidecar that is none, or that names nobody, holds nobody off.
+        && let Ok(sidecar) = serde_json::from_str::<serde_json::Value>(&text)
+        && let Some(installation) = sidecar["taken_by"]["installation"].as_str()
+        && installation != taker.installation
+    {
+        let machine_id = sidecar["taken_by"]["machine_id"].as_str().unwrap_or_default().to_owned();
+        return Ok(Some(Claim::Taken {
+            is_namesake: machine_id == taker.machine_id,
+            machine_id,
+            edited: sidecar["content_sha256"].as_str() != Some(&content.sha256),
+        }));
+    }
+    let Some(text) = read(&hidden(path, "refused"))? else { return Ok(None) };
+    let mut lines = text.lines();
+    let (installation, machine_id) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+    let is_as_now = lines.next() == Some(content.sha256.as_str())
+        && lines.next().and_then(|text| text.parse().ok()) == Some(content.modified_unix_ms);
+    let is_foreign = installation != taker.installation && is_as_now;
+    Ok(is_foreign.then(|| Claim::Refused { machine_id: machine_id.to_owned() }))
+}
+
+/// The text of a file; `None` when it is not there.
+fn read(path: &Path) -> std::io::Result<Option<String>> {
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = Vec::new();
+    file.take(BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 #[cfg(test)]
@@ -108,6 +197,14 @@ mod tests {
         Taker { machine_id: format!("machine {name}"), installation: name.into() }
     }
 
+    fn content(sha256: &str) -> Content {
+        Content { sha256: sha256.into(), modified_unix_ms: 7 }
+    }
+
+    fn look(file: &Path, name: &str, sha256: &str) -> Claim {
+        claim(file, &taker(name), &content(sha256)).expect("reads")
+    }
+
     fn sidecar(name: &str, hash: &str) -> String {
         serde_json::json!({"content_sha256": hash, "taken_by": taker(name)}).to_string()
     }
@@ -116,34 +213,53 @@ mod tests {
     fn a_claim_holds_others_off_and_the_sidecar_after_it() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("a.yaml");
-        let (one, two) = (taker("one"), taker("two"));
-        let Claim::Ours(held) = claim(&file, &one, "x") else { panic!("the first has it") };
+        let Claim::Ours(held) = look(&file, "one", "x") else { panic!("the first has it") };
         assert!(
-            matches!(claim(&file, &two, "x"), Claim::Claimed { machine_id } if machine_id == "machine one")
+            matches!(look(&file, "two", "x"), Claim::Claimed { machine_id } if machine_id == "machine one")
         );
-        let Claim::Ours(again) = claim(&file, &one, "x") else { panic!("ours after a crash") };
-        std::mem::forget(again);
+        let Claim::Ours(again) = look(&file, "one", "x") else { panic!("ours after a crash") };
+        again.keep();
         write_sidecar(&file, true, &sidecar("one", "x")).expect("writable");
         drop(held);
         assert!(!claim_path(&file).exists());
-        assert!(matches!(claim(&file, &two, "x"), Claim::Taken { edited: false, .. }));
-        assert!(matches!(claim(&file, &two, "y"), Claim::Taken { edited: true, .. }));
-        assert!(!claim_path(&file).exists(), "nothing stays behind");
-        assert!(matches!(claim(&file, &one, "y"), Claim::Ours(_)), "its own edit");
+        assert!(matches!(look(&file, "two", "x"), Claim::Taken { edited: false, is_namesake: false, .. }));
+        assert!(matches!(look(&file, "two", "y"), Claim::Taken { edited: true, .. }));
+        assert_eq!(std::fs::read_dir(folder.path()).expect("reads").count(), 1, "nothing stays behind");
+        assert!(matches!(look(&file, "one", "y"), Claim::Ours(_)), "its own edit");
         std::fs::remove_file(sidecars(&file).0).expect("there");
-        assert!(matches!(claim(&file, &two, "x"), Claim::Ours(_)), "given away by hand");
+        assert!(matches!(look(&file, "two", "x"), Claim::Ours(_)), "given away by hand");
     }
 
     #[test]
-    fn sidecars_that_name_nobody_hold_nobody_off() {
+    fn a_refusal_holds_others_off_until_the_file_is_written_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("a.yaml");
+        sign_refusal(&file, &taker("one"), Some(&content("x"))).expect("writable");
+        assert!(
+            matches!(look(&file, "two", "x"), Claim::Refused { machine_id } if machine_id == "machine one")
+        );
+        assert!(matches!(look(&file, "one", "x"), Claim::Ours(_)), "who refused it has it in its journal");
+        assert!(matches!(look(&file, "two", "y"), Claim::Ours(_)), "another text");
+        let later = Content { modified_unix_ms: 8, ..content("x") };
+        assert!(matches!(claim(&file, &taker("two"), &later), Ok(Claim::Ours(_))), "written again");
+        sign_refusal(&file, &taker("two"), None).expect("removed");
+        sign_refusal(&file, &taker("two"), None).expect("nothing to remove");
+        assert!(matches!(look(&file, "two", "x"), Claim::Ours(_)));
+    }
+
+    #[test]
+    fn what_names_nobody_holds_nobody_off_and_what_fails_is_no_answer() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("a.yaml");
         for text in ["{}", "no JSON", "{\"taken_by\": 3}"] {
             write_sidecar(&file, true, text).expect("writable");
-            assert!(matches!(claim(&file, &taker("one"), "x"), Claim::Ours(_)), "{text}");
+            assert!(matches!(look(&file, "one", "x"), Claim::Ours(_)), "{text}");
         }
+        std::fs::remove_file(sidecars(&file).0).expect("there");
+        std::fs::create_dir(sidecars(&file).0).expect("writable");
+        assert!(claim(&file, &taker("one"), &content("x")).is_err(), "a sidecar that cannot be read");
         let nowhere = folder.path().join("gone/a.yaml");
-        assert!(matches!(claim(&nowhere, &taker("one"), "x"), Claim::Free(_)));
+        assert!(claim(&nowhere, &taker("one"), &content("x")).is_err());
     }
 
     #[test]
@@ -157,7 +273,7 @@ mod tests {
                 scope.spawn(move || {
                     let name = format!("{number}");
                     loop {
-                        match claim(file, &taker(&name), "x") {
+                        match look(file, &name, "x") {
                             Claim::Ours(_held) => {
                                 write_sidecar(file, true, &sidecar(&name, "x")).expect("writable");
                                 *winners.lock().expect("no panic") += 1;
@@ -165,7 +281,7 @@ mod tests {
                             }
                             Claim::Taken { .. } => return,
                             Claim::Claimed { .. } => std::thread::yield_now(),
-                            Claim::Free(error) => panic!("{error}"),
+                            other => panic!("{other:?}"),
                         }
                     }
                 });

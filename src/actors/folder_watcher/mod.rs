@@ -168,6 +168,9 @@ impl FolderWatcher {
     }
 
     fn consider(&mut self, jobs: Listing, stops: Listing, ctx: &mut Context<Self>) {
+        if !self.claimed.is_empty() {
+            self.claimed.retain(|path, _| jobs.iter().any(|(listed, _)| listed == path));
+        }
         let mut ready = self.table.update(jobs, &self.config.watch, Instant::now());
         self.unfinished = ready.len() > BATCH_MAX || self.table.next_due(Instant::now()).is_some();
         if ready.len() > BATCH_MAX {
@@ -231,12 +234,21 @@ impl FolderWatcher {
                 self.complain(format!("{name} cannot be read: {error}"));
                 return self.table.postpone(path, Instant::now() + POSTPONE);
             }
-            Ok(Taken::Elsewhere { machine_id, edited: true }) => tracing::warn!(
-                "{name} was edited; it belongs to the machine {machine_id}, which took it before. To run it here, remove \
-                 {name}.accepted.json and write the file again"
+            Ok(Taken::Elsewhere { machine_id, is_namesake: true, .. }) => tracing::warn!(
+                "{name} was taken by a service with another state folder on this machine, {machine_id}. If that is gone for \
+                 good and the job is to run again, remove {name}.accepted.json and write the file again"
+            ),
+            Ok(Taken::Elsewhere { machine_id, edited: true, .. }) => tracing::warn!(
+                "{name} was edited; it belongs to the machine {machine_id}, which took it before. If that is gone for good, \
+                 remove {name}.accepted.json and write the file again to run it here"
             ),
             Ok(Taken::Elsewhere { machine_id, .. }) => {
                 tracing::info!("{name} is a job of the machine {machine_id}, which watches this folder too");
+            }
+            Ok(Taken::Refused { machine_id }) => {
+                tracing::info!(
+                    "{name} was refused by the machine {machine_id}, which watches this folder too"
+                );
             }
             Ok(Taken::Claimed { machine_id }) => return self.wait_for(path, seen, &machine_id),
             Ok(Taken::Decided(Verdict::Accepted(record))) => {

@@ -4,7 +4,7 @@ use std::io::{Error, ErrorKind};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::claims::{self, Claim};
+use super::claims::{self, Claim, Content, Held};
 use super::listing::{self, Seen};
 use crate::actors::intake::{self, Submission, Taker, Verdict};
 use crate::actors::keeper::Keeper;
@@ -24,8 +24,15 @@ pub(super) enum Taken {
     Elsewhere {
         /// Its machine.
         machine_id: String,
+        /// That is the name of this machine too.
+        is_namesake: bool,
         /// The file was edited since.
         edited: bool,
+    },
+    /// Another service refused it.
+    Refused {
+        /// Its machine.
+        machine_id: String,
     },
     /// Another service is deciding about it.
     Claimed {
@@ -44,59 +51,115 @@ pub(super) async fn take(
     path: &Path,
     seen: Seen,
 ) -> Result<(Taken, Option<Error>), QueueError> {
-    let read = {
+    let looked = {
         let (path, taker) = (path.to_owned(), taker.clone());
         tokio::task::spawn_blocking(move || {
-            let submission = read(&path, seen, &taker)?;
-            Ok(submission.map(|it| (claims::claim(&path, &taker, &it.content_sha256()), it)))
+            let Some(submission) = read(&path, seen, &taker)? else { return Ok(None) };
+            let content = content_of(&submission);
+            Ok(Some((claims::claim(&path, &taker, &content)?, submission)))
         })
         .await
     };
-    let (claim, submission) = match read {
-        Ok(Ok(Some(read))) => read,
+    let (claim, submission) = match looked {
+        Ok(Ok(Some(looked))) => looked,
         Ok(Err(error)) => {
             let is_gone = Error::kind(&error) == ErrorKind::NotFound;
             return Ok((if is_gone { Taken::Moved } else { Taken::Unreadable(error) }, None));
         }
         _ => return Ok((Taken::Moved, None)),
     };
-    let (_held, unclaimable) = match claim {
+    let (held, unclaimable) = match claim {
         Claim::Ours(held) => (Some(held), None),
         Claim::Free(error) => (None, Some(error)),
-        Claim::Taken { machine_id, edited } => return Ok((Taken::Elsewhere { machine_id, edited }, None)),
+        Claim::Taken { machine_id, is_namesake, edited } => {
+            return Ok((Taken::Elsewhere { machine_id, is_namesake, edited }, None));
+        }
+        Claim::Refused { machine_id } => return Ok((Taken::Refused { machine_id }, None)),
         Claim::Claimed { machine_id } => return Ok((Taken::Claimed { machine_id }, None)),
     };
-    let context = context.clone();
-    let verdict = keeper.with(move |journal| intake::decide(journal, &submission, &context)).await?;
-    let (path, text) = (path.to_owned(), sidecar_text(keeper, &verdict, path).await?);
-    if let Some((accepted, text)) = text {
-        let shown = path.display().to_string();
-        let written =
-            tokio::task::spawn_blocking(move || intake::write_sidecar(&path, accepted, &text)).await;
-        if let Ok(Err(error)) = written {
-            tracing::warn!(%error, "cannot write the verdict beside {shown}; the journal has it");
+    let (context, content) = (context.clone(), content_of(&submission));
+    let decided = async {
+        let verdict = keeper.with(move |journal| intake::decide(journal, &submission, &context)).await?;
+        let sidecar = sidecar_text(keeper, taker, &verdict).await?;
+        Ok((verdict, sidecar))
+    };
+    match decided.await {
+        Ok((verdict, sidecar)) => {
+            if let Some(error) = tell(path, taker, content, held, sidecar).await {
+                tracing::warn!(%error, "cannot write the verdict beside {}; the journal has it", path.display());
+            }
+            Ok((Taken::Decided(verdict), unclaimable))
+        }
+        Err(error) => {
+            // The journal may have it all the same; the next look finds out.
+            if let Some(held) = held {
+                held.keep();
+            }
+            Err(error)
         }
     }
-    Ok((Taken::Decided(verdict), unclaimable))
+}
+
+/// Writes what was decided beside the file and lets the claim go. When that did not work it says why, and the claim stays, so
+/// that no other service takes the file; the next start finds it and writes the verdict.
+async fn tell(
+    path: &Path,
+    taker: &Arc<Taker>,
+    content: Content,
+    held: Option<Held>,
+    sidecar: Option<(bool, String)>,
+) -> Option<Error> {
+    let (path, taker) = (path.to_owned(), taker.clone());
+    // Shares may hang: also the claim is removed away from this thread.
+    let told = tokio::task::spawn_blocking(move || {
+        let (accepted, text) = sidecar?;
+        let written = intake::write_sidecar(&path, accepted, &text)
+            .and_then(|()| claims::sign_refusal(&path, &taker, (!accepted).then_some(&content)));
+        match (written, held) {
+            (Err(error), Some(held)) => {
+                held.keep();
+                Some(error)
+            }
+            (Err(error), None) => Some(error),
+            (Ok(()), _) => None,
+        }
+    });
+    told.await.unwrap_or_else(|error| Some(Error::other(error)))
+}
+
+fn content_of(submission: &Submission) -> Content {
+    Content { sha256: submission.content_sha256(), modified_unix_ms: submission.modified_unix_ms }
 }
 
 /// What the sidecar says, and whether it is an acceptance.
 async fn sidecar_text(
     keeper: &Keeper,
+    taker: &Taker,
     verdict: &Verdict,
-    path: &Path,
 ) -> Result<Option<(bool, String)>, QueueError> {
     Ok(match verdict {
         Verdict::Accepted(record) => {
             let (source, hash) = (record.source.clone(), record.content_sha256.clone());
             let entry = keeper.with(move |journal| journal.intake(&source, &hash)).await?;
-            debug_assert!(entry.is_some(), "an accepted file has its verdict: {}", path.display());
+            debug_assert!(entry.is_some(), "an accepted file has its verdict: {}", record.source);
             entry.map(|entry| (true, entry.verdict))
         }
         Verdict::DryRun(text) => Some((true, text.clone())),
-        Verdict::Known(entry) => Some((entry.accepted, entry.verdict.clone())),
+        Verdict::Known(entry) if entry.accepted => Some((true, signed(&entry.verdict, taker))),
+        Verdict::Known(entry) => Some((false, entry.verdict.clone())),
         Verdict::Rejected(reason) => Some((false, reason.clone())),
     })
+}
+
+/// An acceptance with its signature: one of before there were any has none.
+fn signed(verdict: &str, taker: &Taker) -> String {
+    match serde_json::from_str::<serde_json::Value>(verdict) {
+        Ok(mut sidecar) if sidecar.is_object() && !sidecar["taken_by"].is_object() => {
+            sidecar["taken_by"] = serde_json::json!(taker);
+            format!("{sidecar:#}\n")
+        }
+        _ => verdict.to_owned(),
+    }
 }
 
 /// Reads a file; `None` when it is no longer as it was seen.

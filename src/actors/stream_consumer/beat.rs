@@ -13,7 +13,7 @@ use crate::job::clock::{now_unix_ms, rfc3339};
 use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::slot::SlotRecord;
-use crate::job::state::JobState;
+use crate::job::state::{FailureClass, JobState};
 use crate::train::args::Device;
 
 /// Leases after which another service that uses this machine's name is taken for good.
@@ -202,9 +202,12 @@ impl Consumer {
         };
         for record in self.parts.keeper.with(|journal| journal.held_shared()).await? {
             let is_waiting = matches!(record.state, JobState::Queued | JobState::Interrupted);
-            // The CPU has slots of its own.
-            let is_for_cpu = record.spec.args.device == Device::Cpu && !standing.is_drained;
-            let Some(entry) = record.entry.clone().filter(|_| is_waiting && !is_for_cpu) else { continue };
+            // The CPU has slots of its own. And a job that met a fault of a GPU elsewhere, too, is tried here to its end: it may
+            // be what breaks them.
+            let stays = record.spec.args.device == Device::Cpu
+                || record.attempts_before > 0 && record.class == Some(FailureClass::Device);
+            let is_free = is_waiting && (standing.is_drained || !stays);
+            let Some(entry) = record.entry.clone().filter(|_| is_free) else { continue };
             let message = GiveBack { seq: record.seq, why: why.to_owned() };
             if self.parts.supervisor.send(message).await.map_err(|_| Trouble::Gone)? {
                 if record.attempts_all() == 0 {
@@ -218,13 +221,15 @@ impl Consumer {
         Ok(())
     }
 
-    /// True when the result has gone out, and the lease with it, since the look into the journal.
+    /// True when the result has gone out, and the lease with it, since the look into the journal. What lies in the queue under
+    /// the same text may be a new element by now.
     async fn is_told(&self, record: &JobRecord) -> Result<bool, Trouble> {
         if !record.state.is_terminal() {
             return Ok(false);
         }
         let instance = record.instance.clone();
-        Ok(!self.parts.keeper.with(move |journal| journal.is_result_waiting(&instance)).await?)
+        let is_waiting = self.parts.keeper.with(move |journal| journal.is_result_waiting(&instance)).await?;
+        Ok(!is_waiting || self.parts.fleet.is_done(&record.instance).await?)
     }
 
     async fn claim_gpus(&mut self, slots: &[SlotRecord]) -> Result<Vec<(String, Option<String>)>, Trouble> {

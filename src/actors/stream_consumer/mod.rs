@@ -323,7 +323,7 @@ impl Consumer {
         let ageing_ms = self.parts.config.ageing_ms.max(1) as u64;
         let resting = self.resting();
         let resting: Vec<&str> = resting.iter().map(String::as_str).collect();
-        let taken = self.parts.fleet.take_except(room.min(TAKE_MAX), ageing_ms, &resting).await?;
+        let taken = self.parts.fleet.take(room.min(TAKE_MAX), ageing_ms, &resting).await?;
         if taken.is_empty() {
             self.shared.is_quiet.store(self.later.is_empty(), Ordering::SeqCst);
             return self.wait().await;
@@ -371,7 +371,7 @@ impl Consumer {
             let limit_ms = (left.as_millis() as u64).max(1);
             Box::pin(async move {
                 let resting: Vec<&str> = resting.iter().map(String::as_str).collect();
-                fleet.wait_for_work_except(limit_ms, &resting).await
+                fleet.wait_for_work(limit_ms, &resting).await
             })
         });
         tokio::select! {

@@ -137,21 +137,13 @@ impl Fleet {
 
     /// Takes up to `count` entries: of the topic's streams by class (high before normal before low, where every
     /// `ageing_ms` of waiting are worth one class, 0 for never; then the older one), or of the topic's list in order; and of
-    /// the lists `recreate` and `evaluate`. Which of the two comes first alternates.
+    /// the lists `recreate` and `evaluate`. Which of the two comes first alternates. The lists `skipped` are left alone.
     ///
     /// # Errors
     /// [`FleetError::NoGroup`]: call [`Fleet::ensure_groups`] and take again. [`FleetError::WrongType`]: the topic is no queue.
     /// After an error that asks to reconnect, call [`Fleet::own_pending`]: the lost answer may have given entries to this
     /// machine.
-    pub async fn take(&self, count: usize, ageing_ms: u64) -> Result<Vec<Taken>, FleetError> {
-        self.take_except(count, ageing_ms, &[]).await
-    }
-
-    /// As [`Fleet::take`], but leaves these lists alone.
-    ///
-    /// # Errors
-    /// As [`Fleet::take`].
-    pub async fn take_except(
+    pub async fn take(
         &self,
         count: usize,
         ageing_ms: u64,
@@ -300,15 +292,7 @@ impl Fleet {
     ///
     /// # Errors
     /// As [`Fleet::take`].
-    pub async fn wait_for_work(&self, limit_ms: u64) -> Result<bool, FleetError> {
-        self.wait_for_work_except(limit_ms, &[]).await
-    }
-
-    /// As [`Fleet::wait_for_work`], but for what is not in these lists.
-    ///
-    /// # Errors
-    /// As [`Fleet::take`].
-    pub async fn wait_for_work_except(&self, limit_ms: u64, skipped: &[&str]) -> Result<bool, FleetError> {
+    pub async fn wait_for_work(&self, limit_ms: u64, skipped: &[&str]) -> Result<bool, FleetError> {
         let what = "wait for work";
         let until = Instant::now() + Duration::from_millis(limit_ms);
         loop {
