@@ -213,6 +213,8 @@ fn services_that_watch_one_folder_take_each_file_once() {
     let mut first = World::new();
     let mut second = World::new();
     second.set("CONFIGS_DIR", first.path("configs"));
+    first.set("MACHINE_ID", "first");
+    second.set("MACHINE_ID", "second");
     first.start();
     second.start();
     for number in 0..20 {
@@ -259,4 +261,11 @@ fn services_that_watch_one_folder_take_each_file_once() {
     std::fs::write(&file, job("last-given", "steps=1")).expect("writable");
     other.wait_state("last-given", JobState::Completed);
     other.end_service(libc::SIGTERM);
+    // Who begins anew in the same place is told whose the files are.
+    let mut anew = World::new();
+    anew.set("CONFIGS_DIR", &configs);
+    anew.set("MACHINE_ID", "first");
+    anew.start();
+    anew.wait_log("was taken by a service with another state folder on this machine");
+    assert!(anew.records().is_empty());
 }
