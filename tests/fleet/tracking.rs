@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use boxwright::adapters::process;
 use boxwright::job::state::JobState;
 use redis::Commands;
 use serde_json::{Value as Json, json};
@@ -95,6 +96,13 @@ fn with_store() -> Option<(Park, Tracking)> {
     Some((park, Tracking::new()?))
 }
 
+/// Waits until the journal knows the run's id.
+fn wait_run_id(world: &World, task_id: &str) {
+    world.wait("the id in the journal", || {
+        world.record(task_id).filter(|record| record.notes.contains_key("mlflow_run_id"))
+    });
+}
+
 #[test]
 fn a_run_is_there_whole_with_its_files_and_its_place_in_the_registry() {
     let Some((mut park, tracking)) = with_store() else { return };
@@ -106,6 +114,11 @@ fn a_run_is_there_whole_with_its_files_and_its_place_in_the_registry() {
         format!("sweeper: {{study_name: {study}, version: 3}}\nmetadata: {{author: me, content: a note}}\n");
     let job = stub_job("mlflow-whole", "steps=20,pause=0.05") + &more;
     park.push(&[("config", &job), ("trial_number", "7")]);
+    // The server may take longer than this short job.
+    let trainer = world.wait("the trainer", || world.record("mlflow-whole")?.process).pid;
+    process::signal(trainer, libc::SIGSTOP);
+    wait_run_id(&world, "mlflow-whole");
+    process::signal(trainer, libc::SIGCONT);
     let result = park.wait_result(&world, "mlflow-whole");
     assert_eq!(result["status"], "completed", "{result}");
     let run = tracking.wait_run(&world, "mlflow-whole", "FINISHED");
@@ -163,9 +176,7 @@ fn failed_and_cancelled_runs_end_as_such_also_over_a_death_of_the_service() {
     tracking.wait_run(&world, "mlflow-killed", "RUNNING");
     // The server knows the run a moment before the journal knows its id. A kill between the two leaves a result that
     // cannot name the run, and this test is of the kills after it.
-    world.wait("the id in the journal", || {
-        world.record("mlflow-killed").filter(|record| record.notes.contains_key("mlflow_run_id"))
-    });
+    wait_run_id(&world, "mlflow-killed");
     world.kill_service();
     let _: () = park.client().set_ex("study:mlflow-killed:cancel", "1", 3600).expect("set");
     world.start();

@@ -8,17 +8,13 @@ use boxwright::job::state::{FailureClass, JobState};
 use crate::world::{World, job};
 
 /// The stub's process.
-fn stub_pid(world: &World, task_id: &str) -> Option<u32> {
-    world.stub(task_id, "pid").parse().ok().filter(|&pid| process::started_ticks(pid).is_some())
-}
-
 #[test]
 fn a_killed_trainer_is_tried_again_from_its_checkpoint() {
     let mut world = World::new();
     world.start();
     world.drop_job("a.yaml", job("a", "steps=30"));
     world.wait_steps("a", 5);
-    process::signal(stub_pid(&world, "a").expect("it runs"), libc::SIGKILL);
+    process::signal(world.stub_pid("a").expect("it runs"), libc::SIGKILL);
     let record = world.wait_state("a", JobState::Completed);
     assert_eq!((record.attempts, record.retries[&FailureClass::Killed]), (2, 1));
     assert!(!world.stub("a", "attempts").contains("2 from 0"), "{}", world.stub("a", "attempts"));
@@ -32,7 +28,7 @@ fn a_killed_service_takes_its_trainer_along_and_the_job_continues() {
     world.drop_job("a.yaml", job("a", "steps=60"));
     world.drop_job("b.yaml", job("b", "steps=2"));
     world.wait_steps("a", 5);
-    let pid = stub_pid(&world, "a").expect("it runs");
+    let pid = world.stub_pid("a").expect("it runs");
     world.kill_service();
     world.wait("the trainer to die with the service", || process::started_ticks(pid).is_none().then_some(()));
     assert!(!world.record("a").expect("known").state.is_terminal());
@@ -113,7 +109,7 @@ fn kills_at_random_moments_lose_nothing_and_repeat_nothing() {
         let which = random(&mut seed) % 3;
         if which != 0 {
             let victim = world.wait("a trainer to kill, or the end of all jobs", || {
-                let running = (0..JOBS).find_map(|index| stub_pid(&world, &format!("j{index}")));
+                let running = (0..JOBS).find_map(|index| world.stub_pid(&format!("j{index}")));
                 let over = world.records().iter().filter(|record| record.state.is_terminal()).count() == JOBS;
                 running.map(Some).or(over.then_some(None))
             });

@@ -294,6 +294,11 @@ impl World {
         self.read(&format!("{}/{name}", self.run_dir(task_id)))
     }
 
+    /// The stub's process, while it lives.
+    pub fn stub_pid(&self, task_id: &str) -> Option<u32> {
+        self.stub(task_id, "pid").parse().ok().filter(|&pid| process::started_ticks(pid).is_some())
+    }
+
     pub fn wait_steps(&self, task_id: &str, steps: usize) {
         self.wait(&format!("{steps} steps of {task_id}"), || {
             (self.stub(task_id, "steps").lines().count() >= steps).then_some(())

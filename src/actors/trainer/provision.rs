@@ -237,7 +237,16 @@ impl Ownership {
             self.is_settled = true;
         }
         let (spec, id) = (&record.spec, record.task_id.as_str());
-        restore(store, bucket, &spec.study_name, id, &record.instance, &record.run_dir).await
+        let restored =
+            restore(store, bucket, &spec.study_name, id, &record.instance, &record.run_dir).await?;
+        // A server that compares first and writes afterwards may have let a write of the earlier owner overtake the claim.
+        // By now that write is there.
+        if is_shared_instance(&record.instance)
+            && let Err(error) = claim(store, bucket, &run_of(&supply.machine_id, record)).await
+        {
+            tracing::debug!(task_id = %record.task_id, "the claim is not looked at again: {}", chain(&error));
+        }
+        Ok(restored)
     }
 }
 
