@@ -48,12 +48,7 @@ pub enum Origin {
 /// # Errors
 /// As [`compile::compile`].
 pub fn load(folder: &Path, source: &Source, target: &str) -> Result<(Vec<u8>, Origin), DeviceError> {
-    let key = key(source, target);
-    let version = compile::compiler_version();
-    let path = match version {
-        Some((major, minor)) => Some(folder.join(format!("{key}-{major}.{minor}.cubin"))),
-        None => any_version(folder, &key),
-    };
+    let path = place(folder, source, target);
     let mut origin = Origin::Compiled;
     if let Some(path) = &path {
         match read(path) {
@@ -65,13 +60,35 @@ pub fn load(folder: &Path, source: &Source, target: &str) -> Result<(Vec<u8>, Or
             }
         }
     }
+    Ok((compile_to(path.as_deref(), source, target)?, origin))
+}
+
+/// The same from the compiler, whatever is cached: the driver refused what is there.
+///
+/// # Errors
+/// As [`compile::compile`].
+pub fn renew(folder: &Path, source: &Source, target: &str) -> Result<(Vec<u8>, Origin), DeviceError> {
+    let path = place(folder, source, target);
+    Ok((compile_to(path.as_deref(), source, target)?, Origin::Repaired))
+}
+
+/// The cache file of a kernel file; `None` when there is no compiler and no file of any version of it.
+fn place(folder: &Path, source: &Source, target: &str) -> Option<PathBuf> {
+    let key = key(source, target);
+    match compile::compiler_version() {
+        Some((major, minor)) => Some(folder.join(format!("{key}-{major}.{minor}.cubin"))),
+        None => any_version(folder, &key),
+    }
+}
+
+fn compile_to(path: Option<&Path>, source: &Source, target: &str) -> Result<Vec<u8>, DeviceError> {
     let compiled = compile::compile(source, target)?;
-    if let Some(path) = &path
+    if let Some(path) = path
         && let Err(error) = write(path, &compiled.cubin)
     {
         tracing::debug!(file = %path.display(), "a compiled kernel cannot be kept: {error}");
     }
-    Ok((compiled.cubin, origin))
+    Ok(compiled.cubin)
 }
 
 /// Name of a cache file, without the compiler's version.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::path::Path;
 use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
@@ -31,11 +32,31 @@ impl Module {
             // Its compiler gives no machine code, under the same names.
             folder.push("emulated");
         }
-        let (code, origin) = cache::load(&folder, source, &device.chip().target())?;
+        Self::load_from(&folder, device, source)
+    }
+
+    /// The same with the cache in `folder`.
+    pub(super) fn load_from(
+        folder: &Path,
+        device: &Arc<Device>,
+        source: &'static Source,
+    ) -> Result<Module, DeviceError> {
+        let target = device.chip().target();
+        let (mut code, mut origin) = cache::load(folder, source, &target)?;
         device.bind()?;
-        // SAFETY: `code` is a whole image that the compiler made; the driver copies it.
-        let handle = unsafe { result::module::load_data(code.as_ptr().cast()) }
-            .map_err(driver("loading a compiled kernel file"))?;
+        let mut loaded = image(&code);
+        if let Err(error) = &loaded
+            && origin == cache::Origin::Cached
+        {
+            // Whole by its checksum, and yet of another driver, say.
+            tracing::warn!(
+                stem = source.stem,
+                "the driver refuses a cached kernel ({error}); compiling it anew"
+            );
+            (code, origin) = cache::renew(folder, source, &target)?;
+            loaded = image(&code);
+        }
+        let handle = loaded.map_err(driver("loading a compiled kernel file"))?;
         Ok(Module { device: Arc::clone(device), stem: source.stem, handle, origin })
     }
 
@@ -61,6 +82,12 @@ impl Module {
             module: Arc::clone(self),
         })
     }
+}
+
+/// Gives machine code to the driver. The device's context is current.
+fn image(code: &[u8]) -> Result<sys::CUmodule, result::DriverError> {
+    // SAFETY: `code` is a whole image that the compiler made; the driver copies it.
+    unsafe { result::module::load_data(code.as_ptr().cast()) }
 }
 
 impl Drop for Module {

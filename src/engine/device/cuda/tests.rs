@@ -119,3 +119,20 @@ fn a_damaged_cache_entry_is_made_anew() {
         assert_eq!(load().1, cache::Origin::Cached);
     }
 }
+
+#[test]
+fn cached_code_that_the_driver_refuses_is_made_anew() {
+    use sha2::{Digest, Sha256};
+    let source = sources::find("cast").expect("it is there");
+    for device in devices() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let load = || Module::load_from(folder.path(), &device, source).expect("it loads").origin();
+        assert_eq!((load(), load()), (cache::Origin::Compiled, cache::Origin::Cached));
+        let file = std::fs::read_dir(folder.path()).expect("made").next().expect("one file");
+        // Whole, with a good checksum, and no code of this driver: another one wrote it.
+        let foreign = b"the code of another driver".as_slice();
+        let whole = [b"BXWKRN01".as_slice(), Sha256::digest(foreign).as_slice(), foreign].concat();
+        std::fs::write(file.expect("readable").path(), whole).expect("writable");
+        assert_eq!((load(), load()), (cache::Origin::Repaired, cache::Origin::Cached));
+    }
+}
