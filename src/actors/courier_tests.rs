@@ -47,17 +47,7 @@ impl Sink for Scripted {
 }
 
 fn delivery(lane: &str, key: &str, hold_ms: u64) -> NewDelivery {
-    let run = RunRef {
-        task_id: "t".parse().expect("valid"),
-        instance: lane.into(),
-        study_name: "s".into(),
-        version: None,
-        trial_number: 1,
-        kind: "yolo".into(),
-        run_dir: "/r".into(),
-        fence: 0,
-        machine_id: "m".into(),
-    };
+    let run = RunRef::sample(lane);
     let point = MetricPoint { key: "k".into(), value: 1.0, at_unix_ms: 1, step: 1 };
     NewDelivery {
         sink: SinkName::Mlflow,

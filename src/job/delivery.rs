@@ -60,6 +60,24 @@ pub struct RunRef {
     pub machine_id: String,
 }
 
+#[cfg(test)]
+impl RunRef {
+    /// Some run of this instance, for tests.
+    pub(crate) fn sample(instance: &str) -> Self {
+        Self {
+            task_id: "t".parse().expect("valid"),
+            instance: instance.into(),
+            study_name: "s".into(),
+            version: None,
+            trial_number: 1,
+            kind: "yolo".into(),
+            run_dir: "/r".into(),
+            fence: 0,
+            machine_id: "m".into(),
+        }
+    }
+}
+
 /// A delivery to make, before it is in the outbox.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewDelivery {

@@ -29,7 +29,16 @@ pub(super) struct Content {
 pub(super) enum Claim {
     /// Ours until the claim is dropped; the sidecar speaks from then on.
     Ours(Held),
-    /// Another service took it.
+    /// Another service's.
+    Foreign(Foreign),
+    /// The folder takes no claims from us (it is read-only, say), so any service may take the file.
+    Free(Error),
+}
+
+/// What another service has done with a file.
+#[derive(Debug)]
+pub(super) enum Foreign {
+    /// It took it.
     Taken {
         /// Its machine.
         machine_id: String,
@@ -38,18 +47,16 @@ pub(super) enum Claim {
         /// It was edited since, if the sidecar tells.
         edited: bool,
     },
-    /// Another service refused it, as it is now.
+    /// It refused it, as it is now.
     Refused {
         /// Its machine.
         machine_id: String,
     },
-    /// Another service is deciding about it.
+    /// It is deciding about it.
     Claimed {
         /// What the claim says of its machine; empty where it was cut short.
         machine_id: String,
     },
-    /// The folder takes no claims from us (it is read-only, say), so any service may take the file.
-    Free(Error),
 }
 
 /// A claim of ours; goes when this is dropped.
@@ -88,7 +95,7 @@ fn hidden(path: &Path, suffix: &str) -> PathBuf {
 /// What is there cannot be read, or the share fails otherwise than by refusing: nothing is known then.
 pub(super) fn claim(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Claim> {
     if let Some(decided) = decided(path, taker, content)? {
-        return Ok(decided);
+        return Ok(Claim::Foreign(decided));
     }
     let file = claim_path(path);
     let held = match place(path, &file, taker) {
@@ -98,7 +105,8 @@ pub(super) fn claim(path: &Path, taker: &Taker, content: &Content) -> std::io::R
             let text = read(&file)?.unwrap_or_default();
             let mut lines = text.lines();
             if lines.next() != Some(taker.installation.as_str()) {
-                return Ok(Claim::Claimed { machine_id: lines.next().unwrap_or_default().to_owned() });
+                let machine_id = lines.next().unwrap_or_default().to_owned();
+                return Ok(Claim::Foreign(Foreign::Claimed { machine_id }));
             }
             Held { path: file }
         }
@@ -108,7 +116,7 @@ pub(super) fn claim(path: &Path, taker: &Taker, content: &Content) -> std::io::R
         Err(error) => return Err(error),
     };
     // The other may have written its verdict and let go between the first look and the claim.
-    Ok(decided(path, taker, content)?.unwrap_or(Claim::Ours(held)))
+    Ok(decided(path, taker, content)?.map_or(Claim::Ours(held), Claim::Foreign))
 }
 
 /// Makes the claim `file`, whole or not at all.
@@ -153,7 +161,7 @@ pub(super) fn sign_refusal(path: &Path, taker: &Taker, refused: Option<&Content>
 }
 
 /// What another service decided, if any did.
-fn decided(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Option<Claim>> {
+fn decided(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Option<Foreign>> {
     if let Some(text) = read(&sidecars(path).0)?
         // A sidecar that is none, or that names nobody, holds nobody off.
         && let Ok(sidecar) = serde_json::from_str::<serde_json::Value>(&text)
@@ -161,7 +169,7 @@ fn decided(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Opt
         && installation != taker.installation
     {
         let machine_id = sidecar["taken_by"]["machine_id"].as_str().unwrap_or_default().to_owned();
-        return Ok(Some(Claim::Taken {
+        return Ok(Some(Foreign::Taken {
             is_namesake: machine_id == taker.machine_id,
             machine_id,
             edited: sidecar["content_sha256"].as_str() != Some(&content.sha256),
@@ -173,7 +181,7 @@ fn decided(path: &Path, taker: &Taker, content: &Content) -> std::io::Result<Opt
     let is_as_now = lines.next() == Some(content.sha256.as_str())
         && lines.next().and_then(|text| text.parse().ok()) == Some(content.modified_unix_ms);
     let is_foreign = installation != taker.installation && is_as_now;
-    Ok(is_foreign.then(|| Claim::Refused { machine_id: machine_id.to_owned() }))
+    Ok(is_foreign.then(|| Foreign::Refused { machine_id: machine_id.to_owned() }))
 }
 
 /// The text of a file; `None` when it is not there.
@@ -215,15 +223,18 @@ mod tests {
         let file = folder.path().join("a.yaml");
         let Claim::Ours(held) = look(&file, "one", "x") else { panic!("the first has it") };
         assert!(
-            matches!(look(&file, "two", "x"), Claim::Claimed { machine_id } if machine_id == "machine one")
+            matches!(look(&file, "two", "x"), Claim::Foreign(Foreign::Claimed { machine_id }) if machine_id == "machine one")
         );
         let Claim::Ours(again) = look(&file, "one", "x") else { panic!("ours after a crash") };
         again.keep();
         write_sidecar(&file, true, &sidecar("one", "x")).expect("writable");
         drop(held);
         assert!(!claim_path(&file).exists());
-        assert!(matches!(look(&file, "two", "x"), Claim::Taken { edited: false, is_namesake: false, .. }));
-        assert!(matches!(look(&file, "two", "y"), Claim::Taken { edited: true, .. }));
+        assert!(matches!(
+            look(&file, "two", "x"),
+            Claim::Foreign(Foreign::Taken { edited: false, is_namesake: false, .. })
+        ));
+        assert!(matches!(look(&file, "two", "y"), Claim::Foreign(Foreign::Taken { edited: true, .. })));
         assert_eq!(std::fs::read_dir(folder.path()).expect("reads").count(), 1, "nothing stays behind");
         assert!(matches!(look(&file, "one", "y"), Claim::Ours(_)), "its own edit");
         std::fs::remove_file(sidecars(&file).0).expect("there");
@@ -236,7 +247,7 @@ mod tests {
         let file = folder.path().join("a.yaml");
         sign_refusal(&file, &taker("one"), Some(&content("x"))).expect("writable");
         assert!(
-            matches!(look(&file, "two", "x"), Claim::Refused { machine_id } if machine_id == "machine one")
+            matches!(look(&file, "two", "x"), Claim::Foreign(Foreign::Refused { machine_id }) if machine_id == "machine one")
         );
         assert!(matches!(look(&file, "one", "x"), Claim::Ours(_)), "who refused it has it in its journal");
         assert!(matches!(look(&file, "two", "y"), Claim::Ours(_)), "another text");
@@ -279,8 +290,8 @@ mod tests {
                                 *winners.lock().expect("no panic") += 1;
                                 return;
                             }
-                            Claim::Taken { .. } => return,
-                            Claim::Claimed { .. } => std::thread::yield_now(),
+                            Claim::Foreign(Foreign::Taken { .. }) => return,
+                            Claim::Foreign(Foreign::Claimed { .. }) => std::thread::yield_now(),
                             other => panic!("{other:?}"),
                         }
                     }

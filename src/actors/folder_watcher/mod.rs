@@ -26,6 +26,7 @@ use super::supervisor::{Notice, Observer, StopJob, Supervisor, Wake};
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::service::ServiceConfig;
 use crate::job::spec::SpecContext;
+use claims::Foreign;
 use listing::{Listing, Seen};
 use settled::{Settle, SettleTable};
 use taking::{Taken, take};
@@ -234,23 +235,25 @@ impl FolderWatcher {
                 self.complain(format!("{name} cannot be read: {error}"));
                 return self.table.postpone(path, Instant::now() + POSTPONE);
             }
-            Ok(Taken::Elsewhere { machine_id, is_namesake: true, .. }) => tracing::warn!(
+            Ok(Taken::Foreign(Foreign::Taken { machine_id, is_namesake: true, .. })) => tracing::warn!(
                 "{name} was taken by a service with another state folder on this machine, {machine_id}. If that is gone for \
                  good and the job is to run again, remove {name}.accepted.json and write the file again"
             ),
-            Ok(Taken::Elsewhere { machine_id, edited: true, .. }) => tracing::warn!(
+            Ok(Taken::Foreign(Foreign::Taken { machine_id, edited: true, .. })) => tracing::warn!(
                 "{name} was edited; it belongs to the machine {machine_id}, which took it before. If that is gone for good, \
                  remove {name}.accepted.json and write the file again to run it here"
             ),
-            Ok(Taken::Elsewhere { machine_id, .. }) => {
+            Ok(Taken::Foreign(Foreign::Taken { machine_id, .. })) => {
                 tracing::info!("{name} is a job of the machine {machine_id}, which watches this folder too");
             }
-            Ok(Taken::Refused { machine_id }) => {
+            Ok(Taken::Foreign(Foreign::Refused { machine_id })) => {
                 tracing::info!(
                     "{name} was refused by the machine {machine_id}, which watches this folder too"
                 );
             }
-            Ok(Taken::Claimed { machine_id }) => return self.wait_for(path, seen, &machine_id),
+            Ok(Taken::Foreign(Foreign::Claimed { machine_id })) => {
+                return self.wait_for(path, seen, &machine_id);
+            }
             Ok(Taken::Decided(Verdict::Accepted(record))) => {
                 super::supervisor::prepare_log(&record);
                 tracing::info!(task_id = %record.task_id, "{name} is accepted");

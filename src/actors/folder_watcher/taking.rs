@@ -4,7 +4,7 @@ use std::io::{Error, ErrorKind};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::claims::{self, Claim, Content, Held};
+use super::claims::{self, Claim, Content, Foreign, Held};
 use super::listing::{self, Seen};
 use crate::actors::intake::{self, Submission, Taker, Verdict};
 use crate::actors::keeper::Keeper;
@@ -20,25 +20,8 @@ pub(super) enum Taken {
     Moved,
     /// The system does not let us read it.
     Unreadable(Error),
-    /// Another service took it.
-    Elsewhere {
-        /// Its machine.
-        machine_id: String,
-        /// That is the name of this machine too.
-        is_namesake: bool,
-        /// The file was edited since.
-        edited: bool,
-    },
-    /// Another service refused it.
-    Refused {
-        /// Its machine.
-        machine_id: String,
-    },
-    /// Another service is deciding about it.
-    Claimed {
-        /// Its machine.
-        machine_id: String,
-    },
+    /// It is another service's.
+    Foreign(Foreign),
     /// It has a verdict.
     Decided(Verdict),
 }
@@ -71,11 +54,7 @@ pub(super) async fn take(
     let (held, unclaimable) = match claim {
         Claim::Ours(held) => (Some(held), None),
         Claim::Free(error) => (None, Some(error)),
-        Claim::Taken { machine_id, is_namesake, edited } => {
-            return Ok((Taken::Elsewhere { machine_id, is_namesake, edited }, None));
-        }
-        Claim::Refused { machine_id } => return Ok((Taken::Refused { machine_id }, None)),
-        Claim::Claimed { machine_id } => return Ok((Taken::Claimed { machine_id }, None)),
+        Claim::Foreign(foreign) => return Ok((Taken::Foreign(foreign), None)),
     };
     let (context, content) = (context.clone(), content_of(&submission));
     let decided = async {

@@ -157,17 +157,7 @@ mod tests {
     /// A journal with `count` deliveries in eight lanes, in turn.
     fn journal(count: u32) -> Journal {
         let journal = Journal::in_memory().expect("opens");
-        let run = RunRef {
-            task_id: "t".parse().expect("valid"),
-            instance: "i".into(),
-            study_name: "s".into(),
-            version: None,
-            trial_number: 1,
-            kind: "yolo".into(),
-            run_dir: "/r".into(),
-            fence: 0,
-            machine_id: "m".into(),
-        };
+        let run = RunRef::sample("i");
         let point = MetricPoint { key: "k".into(), value: 1.0, at_unix_ms: 1, step: 1 };
         let body = DeliveryBody::RunMetrics(RunMetricsBody { run, points: vec![point] });
         let body = serde_json::to_string(&body).expect("JSON");

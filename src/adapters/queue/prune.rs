@@ -136,17 +136,7 @@ mod tests {
         let young = ended(&mut journal, "young", OLD + 10);
         let told = ended(&mut journal, "told", OLD);
         let active = journal.accept(new_job("active"), None).expect("accepted");
-        let run = RunRef {
-            task_id: told.task_id.clone(),
-            instance: told.instance.clone(),
-            study_name: "s".into(),
-            version: None,
-            trial_number: 1,
-            kind: "yolo".into(),
-            run_dir: "/r".into(),
-            fence: 0,
-            machine_id: "m".into(),
-        };
+        let run = RunRef { task_id: told.task_id.clone(), ..RunRef::sample(&told.instance) };
         let body = EpochBody { run, epoch: 1, metrics: serde_json::Map::new(), at_unix_ms: 1 };
         let waits = NewDelivery {
             sink: SinkName::Redis,

@@ -289,17 +289,7 @@ mod tests {
 
     fn body(instance: &str, machine: &str, fence: u64) -> FilesBody {
         FilesBody {
-            run: RunRef {
-                task_id: "t".parse().expect("an id"),
-                instance: instance.into(),
-                study_name: "s".into(),
-                version: None,
-                trial_number: 1,
-                kind: "yolo".into(),
-                run_dir: "/r".into(),
-                fence,
-                machine_id: machine.into(),
-            },
+            run: RunRef { fence, machine_id: machine.into(), ..RunRef::sample(instance) },
             moment: FilesMoment::Checkpoint,
             status: "running".into(),
             epoch: 1,
