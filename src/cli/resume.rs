@@ -42,7 +42,7 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         content_sha256: record.content_sha256,
         run_dir: record.run_dir,
         reason: format!("resumed on the command line after it was {}", record.state),
-        spec: record.spec,
+        spec: record.spec.as_ref().clone(),
         shared: None,
     };
     let accepted = journal

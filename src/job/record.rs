@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::delivery::QueueEntry;
 use super::ids::TaskId;
@@ -25,8 +26,9 @@ pub struct JobRecord {
     pub source: String,
     /// SHA-256 of the bytes it was read from, in hexadecimal.
     pub content_sha256: String,
-    /// What is to be done. Never changes.
-    pub spec: JobSpec,
+    /// What is to be done. Never changes, and is shared by the copies of the record.
+    #[serde(serialize_with = "spec_as_itself", deserialize_with = "spec_to_share")]
+    pub spec: Arc<JobSpec>,
     /// The run folder.
     pub run_dir: PathBuf,
     /// Where it is.
@@ -66,6 +68,14 @@ pub struct JobRecord {
     pub attempts_before: u32,
     /// What side services gave back: name to value (`mlflow_run_id`, say).
     pub notes: BTreeMap<String, String>,
+}
+
+fn spec_as_itself<S: Serializer>(spec: &Arc<JobSpec>, serializer: S) -> Result<S::Ok, S::Error> {
+    spec.as_ref().serialize(serializer)
+}
+
+fn spec_to_share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<JobSpec>, D::Error> {
+    JobSpec::deserialize(deserializer).map(Arc::new)
 }
 
 impl JobRecord {

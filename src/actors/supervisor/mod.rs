@@ -35,6 +35,7 @@ use super::scheduling::{self, Gate, Placement, Round};
 use super::slots::{Seat, Slot};
 use super::trainer::{Control, Start, Trainer, TrainerConfig};
 use crate::adapters::gpu::GpuPort;
+use crate::adapters::queue::session::SessionNote;
 use crate::adapters::queue::{JobStore, QueueError};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::MetricPoint;
@@ -314,27 +315,10 @@ impl Supervisor {
         busy.progress.insert("updated_unix_ms".into(), now_unix_ms().into());
         let (seq, progress) = (busy.record.seq, Json::Object(busy.progress.clone()));
         let samples = outgoing::samples(&self.config, &busy.record, std::mem::take(&mut busy.samples));
-        let instance = busy.record.instance.clone();
-        let does = busy.record.spec.mode.verb();
+        let runs = runs.then(|| format!("{}{place}", busy.record.spec.mode.verb()));
+        let note = SessionNote { runs, progress, samples, kept: keep.then_some((kind, event)) };
         let keeper = self.keeper.clone();
-        let work = async move {
-            keeper
-                .with(move |journal| {
-                    let record = if runs {
-                        Some(journal.change(seq, Change::to(JobState::Running, format!("{does}{place}")))?)
-                    } else {
-                        None
-                    };
-                    // What is told of a checkpoint reads the progress.
-                    journal.set_progress(seq, &progress)?;
-                    journal.put_samples(&instance, samples)?;
-                    if keep {
-                        journal.add_event(seq, &kind, &event)?;
-                    }
-                    Ok(record)
-                })
-                .await
-        };
+        let work = async move { keeper.with(move |journal| journal.note_session(seq, note)).await };
         ctx.wait(work.into_actor(self).map(move |result, actor, _ctx| match result {
             Ok(Some(record)) => {
                 if let Some(busy) = actor.bay_of(seq).and_then(|bay| bay.busy.as_mut()) {

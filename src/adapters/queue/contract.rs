@@ -77,7 +77,7 @@ fn boards(store: &mut dyn JobStore) {
 fn accepting(store: &mut dyn JobStore) {
     let first = store.accept(new_job("a"), None).expect("accepted");
     assert_eq!((first.generation, first.state, first.attempts), (1, JobState::Queued, 0));
-    assert_eq!(first.spec, spec("a"));
+    assert_eq!(*first.spec, spec("a"));
     match store.accept(new_job("a"), None).expect_err("taken") {
         error @ QueueError::Busy { .. } => {
             assert_eq!(error.retry(), Retry::Never);

@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use super::rows::{INTAKE_COLUMNS, JOB_COLUMNS, Parsed};
@@ -66,8 +67,7 @@ impl Journal {
         let connection = Connection::open(&path).map_err(failed)?;
         let mut journal = Self::prepare(connection, &path)?;
         let soft = Connection::open(&path).map_err(failed)?;
-        soft.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
-        soft.set_prepared_statement_cache_capacity(KEPT_MAX);
+        settle(&soft).map_err(failed)?;
         soft.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
         soft.pragma_update(None, "foreign_keys", true).map_err(failed)?;
         journal.soft = Some(soft);
@@ -95,8 +95,7 @@ impl Journal {
 
     fn prepare(mut connection: Connection, path: &Path) -> Result<Self, QueueError> {
         let failed = |source| QueueError::Open { path: path.to_owned(), source };
-        connection.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
-        connection.set_prepared_statement_cache_capacity(KEPT_MAX);
+        settle(&connection).map_err(failed)?;
         // A damaged header shows here first, as "not a database".
         let damaged = |source: rusqlite::Error| match source.sqlite_error_code() {
             Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
@@ -176,6 +175,15 @@ impl Journal {
     }
 }
 
+/// What holds for every connection.
+fn settle(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_prepared_statement_cache_capacity(KEPT_MAX);
+    // Plans do not depend on the values that are bound: else kept statements are prepared anew at every other use.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    Ok(())
+}
+
 pub(super) fn begin<'a>(
     connection: &'a mut Connection,
     what: &'static str,
@@ -194,7 +202,7 @@ fn own_fence(before: Option<&JobRecord>, now_unix_ms: i64) -> u64 {
     (now_unix_ms.max(0) as u64).max(last + 1)
 }
 
-fn record(connection: &Connection, seq: i64) -> Result<JobRecord, QueueError> {
+pub(super) fn record(connection: &Connection, seq: i64) -> Result<JobRecord, QueueError> {
     let found = connection
         .row(&format!("SELECT {JOB_COLUMNS} FROM jobs WHERE seq = ?1"), [seq], rows::job)
         .optional()
@@ -215,7 +223,7 @@ fn many(connection: &Connection, text: &str, limit: u32) -> Result<Vec<JobRecord
     rows.map(|row| row.map_err(&failed)?).collect()
 }
 
-fn insert_event(
+pub(super) fn insert_event(
     connection: &Connection,
     seq: i64,
     kind: &str,
@@ -257,7 +265,12 @@ fn insert_intake(connection: &Connection, entry: &IntakeEntry) -> Result<(), Que
 }
 
 /// Moves a record along the legal moves; `retry` counts one of its class.
-fn move_to(connection: &Connection, seq: i64, change: &Change, retry: bool) -> Result<JobRecord, QueueError> {
+pub(super) fn move_to(
+    connection: &Connection,
+    seq: i64,
+    change: &Change,
+    retry: bool,
+) -> Result<JobRecord, QueueError> {
     let before = record(connection, seq)?;
     if !before.state.may_become(change.state) {
         return Err(QueueError::Illegal { task_id: before.task_id, from: before.state, to: change.state });

@@ -13,6 +13,7 @@ pub mod prune;
 pub mod redis;
 mod rows;
 mod schema;
+pub mod session;
 mod shared;
 mod statements;
 

@@ -1,13 +1,15 @@
 //! Rows to records and back.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use rusqlite::Row;
 
 use super::QueueError;
 use crate::job::event::JobEvent;
 use crate::job::record::{IntakeEntry, JobRecord, ProcessId, WaitingJob};
-use crate::job::spec::Priority;
+use crate::job::spec::{JobSpec, Priority};
 use crate::job::state::{FailureClass, JobState};
 
 /// Columns of a job, in the order that [`job`] reads them.
@@ -23,6 +25,31 @@ pub(super) type Parsed<T> = Result<T, QueueError>;
 
 fn json<T: serde::de::DeserializeOwned>(text: &str, what: &'static str) -> Parsed<T> {
     serde_json::from_str(text).map_err(|source| QueueError::Decode { what, source: Some(source) })
+}
+
+/// Specifications that a thread keeps, and the longest text of one, bytes.
+const SPECS_MAX: usize = 64;
+const SPEC_BYTES_MAX: usize = 64 << 10;
+
+/// The specification in a text. A record is read at each of its moves, and its specification is most of it: what was read
+/// of late is not parsed again.
+fn specification(text: String) -> Parsed<Arc<JobSpec>> {
+    thread_local! {
+        static READ: RefCell<HashMap<String, Arc<JobSpec>>> = RefCell::default();
+    }
+    READ.with_borrow_mut(|read| {
+        if let Some(spec) = read.get(&text) {
+            return Ok(spec.clone());
+        }
+        let spec: Arc<JobSpec> = Arc::new(json(&text, "job specification")?);
+        if read.len() >= SPECS_MAX {
+            read.clear();
+        }
+        if text.len() <= SPEC_BYTES_MAX {
+            read.insert(text, spec.clone());
+        }
+        Ok(spec)
+    })
 }
 
 fn optional_json(text: Option<String>, what: &'static str) -> Parsed<Option<serde_json::Value>> {
@@ -58,7 +85,7 @@ pub(super) fn job(row: &Row<'_>) -> rusqlite::Result<Parsed<JobRecord>> {
             generation,
             source,
             content_sha256,
-            spec: json(&spec, "job specification")?,
+            spec: specification(spec)?,
             run_dir: run_dir.into(),
             state: missing(JobState::parse(&state), "state")?,
             reason,
