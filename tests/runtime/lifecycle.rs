@@ -90,6 +90,24 @@ fn stop_files_for_queued_running_finished_unknown_and_stale() {
 }
 
 #[test]
+fn a_stop_file_without_an_event_is_found_however_rarely_the_folders_are_read() {
+    let mut world = World::new();
+    world.write(
+        "service.yaml",
+        world.read("service.yaml").replace("poll_interval_ms: 200", "poll_interval_ms: 3600000"),
+    );
+    world.start();
+    world.drop_job("a.yaml", job("a", "steps=100000"));
+    world.wait_steps("a", 2);
+    // Events come from the folder that was there at the start.
+    std::fs::rename(world.path("configs/stop"), world.path("configs/stop-before")).expect("moved");
+    std::fs::create_dir(world.path("configs/stop")).expect("created");
+    world.write("configs/stop/stop_training_a.txt", "");
+    world.wait_state("a", JobState::Cancelled);
+    world.end_service(libc::SIGTERM);
+}
+
+#[test]
 fn a_deaf_trainer_is_ended_by_force() {
     let mut world = World::with("stop: {grace_seconds: 0.2}\n");
     world.start();
