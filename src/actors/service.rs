@@ -165,7 +165,7 @@ impl Service {
     ///
     /// # Errors
     /// [`ServiceError`] names what is in the way.
-    pub fn new(config: ServiceConfig, observer: Arc<dyn Observer>) -> Result<Self, ServiceError> {
+    pub fn new(mut config: ServiceConfig, observer: Arc<dyn Observer>) -> Result<Self, ServiceError> {
         let working_dir = std::env::current_dir()
             .map_err(|source| ServiceError::System { what: "find the working folder", source })?;
         let lock = ProcessLock::acquire(&config.state_dir)?;
@@ -175,6 +175,17 @@ impl Service {
         for path in [config.configs_dir.clone(), config.stop_dir(), inbox(&state_dir)] {
             std::fs::create_dir_all(&path).map_err(|source| ServiceError::Folder { path, source })?;
         }
+        let machine_id = side_services::machine_id(&Journal::open(&state_dir)?, &config)?;
+        if machine_id == config.machine_id {
+            tracing::info!("the name of this machine is {machine_id}");
+        } else {
+            tracing::info!(
+                "the name of this machine is {machine_id}, as at the first start over this state folder; the host name is {} \
+                 now. MACHINE_ID gives it another one",
+                config.machine_id
+            );
+        }
+        config.machine_id = machine_id;
         let program = match &config.trainer_program {
             Some(program) => program.clone(),
             None => std::env::current_exe()

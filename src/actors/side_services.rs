@@ -29,6 +29,8 @@ use crate::job::spec::SpecContext;
 
 /// Flag in the journal: identity of this state folder among services that claim the same machine id.
 const INSTALLATION_FLAG: &str = "installation";
+/// Flag in the journal: the name of the machine at the first start to which none was set.
+const MACHINE_ID_FLAG: &str = "machine_id";
 /// Between two looks whether the threads have ended.
 const END_POLL: Duration = Duration::from_millis(10);
 
@@ -68,7 +70,11 @@ impl Handles {
     pub fn open(config: &ServiceConfig, state_dir: &Path) -> Result<Self, SideServiceError> {
         let fleet = if config.redis.is_on() {
             let journal = Journal::open(state_dir).map_err(SideServiceError::Journal)?;
-            let incarnation = installation(&journal).map_err(SideServiceError::Journal)?;
+            let installation = installation(&journal).map_err(SideServiceError::Journal)?;
+            // A copy of the state folder on another host is another service, that of a container made anew too: it takes
+            // the name when the earlier one is gone.
+            let host = sysinfo::System::host_name().unwrap_or_default();
+            let incarnation = format!("{installation}@{host}");
             let fleet = Fleet::new(&config.redis, &config.machine_id, &incarnation);
             Some(fleet.map_err(SideServiceError::Redis)?)
         } else {
@@ -136,6 +142,19 @@ pub(super) fn installation(journal: &Journal) -> Result<String, QueueError> {
     let made = uuid::Uuid::new_v4().to_string();
     journal.set_flag(INSTALLATION_FLAG, Some(&made))?;
     Ok(made)
+}
+
+/// The name of this machine: as it was set, else as at the first start over this journal. The host name of a container
+/// that is made anew is another one, while the jobs in the journal and in the queue stay its own.
+pub(super) fn machine_id(journal: &Journal, config: &ServiceConfig) -> Result<String, QueueError> {
+    if config.is_machine_id_set {
+        return Ok(config.machine_id.clone());
+    }
+    if let Some(kept) = journal.flag(MACHINE_ID_FLAG)? {
+        return Ok(kept);
+    }
+    journal.set_flag(MACHINE_ID_FLAG, Some(&config.machine_id))?;
+    Ok(config.machine_id.clone())
 }
 
 /// The running side services.
@@ -282,5 +301,25 @@ async fn wait_until(is_over: impl Fn() -> bool, limit: Duration) {
     let deadline = Instant::now() + limit;
     while !is_over() && Instant::now() < deadline {
         tokio::time::sleep(END_POLL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_the_first_start_stays_unless_one_is_set() {
+        let journal = Journal::in_memory().expect("opens");
+        let config = |name: &str, is_machine_id_set| ServiceConfig {
+            machine_id: name.into(),
+            is_machine_id_set,
+            ..ServiceConfig::default()
+        };
+        let named = |config: ServiceConfig| machine_id(&journal, &config).expect("a name");
+        assert_eq!(named(config("chosen", true)), "chosen");
+        assert_eq!(named(config("container-1", false)), "container-1", "a name that was set is not kept");
+        assert_eq!(named(config("container-2", false)), "container-1");
+        assert_eq!(named(config("chosen", true)), "chosen");
     }
 }

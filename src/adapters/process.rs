@@ -1,4 +1,4 @@
-//! The process table: is this process still that one, end it, end what was left behind.
+//! The process table: is this process still that one, end it, end what was left behind; and whose user this one runs as.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -25,6 +25,22 @@ pub fn identify(pid: u32) -> Option<ProcessId> {
 /// True while that very process runs.
 pub fn is_alive(process: ProcessId) -> bool {
     started_ticks(process.pid) == Some(process.started_ticks)
+}
+
+/// For an error message about a path that was denied: whose it is, or the nearest folder above it that can be seen, and
+/// who asks. Empty when they are the same.
+pub fn foreign_owner(path: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    // SAFETY: only reads a number of this process.
+    let user = unsafe { libc::geteuid() };
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let seen = absolute.ancestors().find_map(|place| Some((place, std::fs::metadata(place).ok()?.uid())));
+    match seen {
+        Some((place, owner)) if owner != user => {
+            format!(" ({} belongs to user {owner}, this is user {user})", place.display())
+        }
+        _ => String::new(),
+    }
 }
 
 /// Resident memory of a process in bytes.
@@ -91,6 +107,19 @@ pub fn with_argument(spec: &Path) -> Vec<ProcessId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_owner_of_a_foreign_path_is_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(foreign_owner(&folder.path().join("mine")), "");
+        if std::os::unix::fs::chown(folder.path(), Some(12_345), None).is_err() {
+            println!("skipped: this user may not give files away");
+            return;
+        }
+        let said = foreign_owner(&folder.path().join("deeper/lock"));
+        let place = folder.path().display();
+        assert!(said.starts_with(&format!(" ({place} belongs to user 12345, this is user ")), "{said}");
+    }
 
     #[test]
     fn a_process_is_known_by_number_and_start_and_can_be_ended() {

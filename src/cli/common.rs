@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use super::CliError;
 use crate::actors::service::inbox;
+use crate::adapters::process;
 use crate::adapters::queue::JobStore;
 use crate::adapters::queue::journal::Journal;
 use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
+use crate::job::slot::SlotRecord;
 
 /// Where the service is described and where its state lies.
 #[derive(Debug, Clone, clap::Args)]
@@ -68,6 +70,16 @@ pub fn find(journal: &Journal, id: &str) -> Result<JobRecord, CliError> {
         .job(&task_id)
         .map_err(|error| CliError::failed_from("the journal cannot be read", error))?
         .ok_or_else(|| CliError::failed(format!("no job {task_id} is known here")))
+}
+
+/// The slots of the service that runs on this journal; `None` when none does.
+///
+/// # Errors
+/// When the journal cannot be read.
+pub fn running_slots(journal: &Journal) -> Result<Option<Vec<SlotRecord>>, CliError> {
+    let board =
+        journal.board().map_err(|error| CliError::failed_from("the journal cannot be read", error))?;
+    Ok(board.filter(|board| process::is_alive(board.service)).map(|board| board.slots))
 }
 
 /// Lets a running service know that something was written to the journal. Without one nothing happens.

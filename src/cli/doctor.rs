@@ -125,7 +125,12 @@ fn folder(name: &'static str, path: &Path) -> Check {
             ("ok", format!("{}: writable{free}{made}", path.display()))
         }
     };
-    Check { name, verdict, says, data: json!({"path": path, "exists": exists, "free_bytes": free}) }
+    Check {
+        name,
+        verdict,
+        says,
+        data: json!({"path": path.to_string_lossy(), "exists": exists, "free_bytes": free}),
+    }
 }
 
 /// Free bytes of the file system that holds `path`.
@@ -145,7 +150,12 @@ fn journal(state_dir: &Path) -> Check {
         Ok(None) => ("ok", "none yet; it is made at the first start".to_owned()),
         Err(error) => ("fault", super::with_causes(&error)),
     };
-    Check { name: "journal", verdict, says, data: json!({"path": Journal::path(state_dir)}) }
+    Check {
+        name: "journal",
+        verdict,
+        says,
+        data: json!({"path": Journal::path(state_dir).to_string_lossy()}),
+    }
 }
 
 fn gib(bytes: u64) -> String {

@@ -4,10 +4,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use super::CliError;
-use super::common::{ServiceArgs, wake_service};
+use super::common::{ServiceArgs, running_slots, wake_service};
 use crate::actors::supervisor::{DRAINED_FLAG, drained};
+use crate::adapters::process;
 use crate::adapters::queue::JobStore;
 use crate::adapters::queue::journal::Journal;
+use crate::job::slot::{SlotRecord, SlotState};
 
 /// Between two looks at the journal while waiting.
 const WAIT_INTERVAL: Duration = Duration::from_millis(200);
@@ -44,8 +46,8 @@ fn failed(error: crate::adapters::queue::QueueError) -> CliError {
 pub fn drain(args: DrainArgs) -> Result<ExitCode, CliError> {
     let config = args.service.load()?;
     let journal = Journal::open(&config.state_dir).map_err(failed)?;
-    check(&journal, &args.slots)?;
     let mut names = drained(journal.flag(DRAINED_FLAG).map_err(failed)?.as_deref());
+    check(&journal, &args.slots, &names)?;
     if args.slots.is_empty() {
         names = vec!["all".to_owned()];
     }
@@ -64,7 +66,7 @@ pub fn drain(args: DrainArgs) -> Result<ExitCode, CliError> {
 /// Lets slots take jobs again.
 ///
 /// # Errors
-/// When the journal cannot be used, or a slot is not drained by itself.
+/// When the journal cannot be used, a slot is not known, or slots are named while the whole machine is drained.
 pub fn undrain(args: UndrainArgs) -> Result<ExitCode, CliError> {
     let config = args.service.load()?;
     let journal = Journal::open(&config.state_dir).map_err(failed)?;
@@ -74,6 +76,7 @@ pub fn undrain(args: UndrainArgs) -> Result<ExitCode, CliError> {
     } else if names.iter().any(|name| name == "all") {
         return Err(CliError::usage("the whole machine is drained; undrain it without naming a slot"));
     }
+    check(&journal, &args.slots, &names)?;
     names.retain(|name| !args.slots.contains(name));
     store(&journal, &names)?;
     wake_service(&config);
@@ -84,14 +87,14 @@ pub fn undrain(args: UndrainArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A slot that is not there would be drained in vain.
-fn check(journal: &Journal, slots: &[String]) -> Result<(), CliError> {
+/// A slot that is not there would be drained in vain. One that was drained before may have gone since.
+fn check(journal: &Journal, slots: &[String], drained: &[String]) -> Result<(), CliError> {
     let known: Vec<String> = journal
         .board()
         .map_err(failed)?
         .map(|board| board.slots.into_iter().map(|slot| slot.name).collect())
         .unwrap_or_default();
-    match slots.iter().find(|slot| !known.contains(slot)) {
+    match slots.iter().find(|slot| !known.contains(slot) && !drained.contains(slot)) {
         Some(slot) if !known.is_empty() => {
             Err(CliError::usage(format!("got the slot {slot:?}; allowed: {}", known.join(", "))))
         }
@@ -106,16 +109,60 @@ fn store(journal: &Journal, names: &[String]) -> Result<(), CliError> {
     journal.set_flag(DRAINED_FLAG, value).map_err(failed)
 }
 
+/// Waits until nothing runs in these slots and the service will start nothing more there.
 fn wait(journal: &Journal, names: &[String]) -> Result<(), CliError> {
-    let is_meant = |slot: &str| names.iter().any(|name| name == "all" || name == slot);
     loop {
-        let board = journal.board().map_err(failed)?;
-        let busy = board.is_some_and(|board| {
-            board.slots.iter().any(|slot| slot.task_id.is_some() && is_meant(&slot.name))
-        });
-        if !busy {
+        let is_over = match running_slots(journal)? {
+            Some(slots) => is_empty(&slots, names),
+            // Of a service that was killed the trainers may still be saving.
+            None => {
+                let records = journal.active().map_err(failed)?;
+                !records.iter().filter_map(|record| record.process).any(process::is_alive)
+            }
+        };
+        if is_over {
             return Ok(());
         }
         std::thread::sleep(WAIT_INTERVAL);
+    }
+}
+
+/// True when none of these slots has a job or may still be given one: before a service has read the order, it may.
+fn is_empty(slots: &[SlotRecord], names: &[String]) -> bool {
+    let is_meant = |slot: &SlotRecord| names.iter().any(|name| name == "all" || *name == slot.name);
+    slots
+        .iter()
+        .filter(|slot| is_meant(slot))
+        .all(|slot| slot.task_id.is_none() && slot.state != SlotState::Free)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_is_free_may_still_be_given_a_job() {
+        let slot = |name: &str, state, task_id: Option<&str>| SlotRecord {
+            name: name.into(),
+            device: "cpu".into(),
+            uuid: None,
+            model: None,
+            state,
+            task_id: task_id.map(|id| id.parse().expect("an id")),
+            reason: String::new(),
+            faults: 0,
+            back_off_ms: 0,
+            until_unix_ms: None,
+        };
+        let (all, one) = (["all".to_owned()], ["cpu 0".to_owned()]);
+        let drained = slot("cpu 0", SlotState::Drained, None);
+        let free = slot("cpu 1", SlotState::Free, None);
+        let busy = slot("cpu 1", SlotState::Busy, Some("a"));
+        let quarantined = slot("GPU 0", SlotState::Quarantined, None);
+        assert!(is_empty(&[drained.clone(), quarantined], &all));
+        for other in [free, busy] {
+            let slots = [drained.clone(), other];
+            assert!(!is_empty(&slots, &all) && is_empty(&slots, &one));
+        }
     }
 }

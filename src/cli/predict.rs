@@ -1,8 +1,10 @@
 //! `boxwright predict`: objects in images, as JSON and as drawn images.
 
+mod targets;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -112,6 +114,12 @@ pub enum PredictError {
         /// The last class.
         last: usize,
     },
+    /// A result would take the place of a file that was given.
+    #[error("the results would overwrite {}, which was given; name another folder with --out", path.display())]
+    Overwrites {
+        /// The file.
+        path: PathBuf,
+    },
     /// A result cannot be written.
     #[error("cannot write {}", path.display())]
     Write {
@@ -135,9 +143,10 @@ pub enum PredictError {
 impl From<PredictError> for CliError {
     fn from(error: PredictError) -> CliError {
         let usage = match &error {
-            PredictError::NoSource { .. } | PredictError::NoImage { .. } | PredictError::NoClass { .. } => {
-                true
-            }
+            PredictError::NoSource { .. }
+            | PredictError::NoImage { .. }
+            | PredictError::NoClass { .. }
+            | PredictError::Overwrites { .. } => true,
             PredictError::Train(error) => error.class() == FailureClass::Config,
             _ => false,
         };
@@ -168,8 +177,8 @@ struct FoundObject<'a> {
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 enum FoundImage<'a> {
-    Read { path: &'a Path, width: usize, height: usize, detections: Vec<FoundObject<'a>> },
-    Unreadable { path: &'a Path, error: String },
+    Read { path: Cow<'a, str>, width: usize, height: usize, detections: Vec<FoundObject<'a>> },
+    Unreadable { path: Cow<'a, str>, error: String },
 }
 
 /// Runs the command; results go to `out` line by line.
@@ -181,6 +190,10 @@ enum FoundImage<'a> {
 /// [`PredictError`] when there is nothing to do or a result cannot be written.
 pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictError> {
     let images = images_of(&args.sources)?;
+    let stems = targets::stems(&images);
+    if let Some(folder) = &args.out {
+        targets::check(args, folder, &images, &stems)?;
+    }
     let nms = NmsArgs {
         conf: args.conf,
         iou: f64::from(args.iou),
@@ -204,21 +217,21 @@ pub fn execute(args: &Args, out: &mut dyn Write) -> Result<ExitCode, PredictErro
     let mut writer = ResultWriter::new(args, &folder, &names, out)?;
     let (sender, receiver) = mpsc::sync_channel(DECODED_MAX);
     std::thread::scope(|scope| {
-        let images = &images;
+        let (images, stems) = (&images, &stems);
         scope.spawn(move || {
-            for path in images {
+            for (path, stem) in images.iter().zip(stems) {
                 // The receiver is gone after an error there: nothing is left to decode for.
-                if sender.send((path.as_path(), decode::decode_file(path))).is_err() {
+                if sender.send((path.as_path(), stem, decode::decode_file(path))).is_err() {
                     break;
                 }
             }
         });
-        for (path, decoded) in receiver {
+        for (path, stem, decoded) in receiver {
             let begin = Instant::now();
             match decoded {
                 Ok(image) => {
                     let found = predictor.predict(&image)?;
-                    writer.image(path, &image, &found, begin)?;
+                    writer.image((path, stem), &image, &found, begin)?;
                 }
                 Err(error) => writer.unreadable(path, &error)?,
             }
@@ -254,7 +267,6 @@ struct ResultWriter<'a> {
     names: &'a [String],
     out: &'a mut dyn Write,
     lines: Vec<String>,
-    taken: HashSet<String>,
     objects: usize,
     unreadable: usize,
 }
@@ -269,13 +281,12 @@ impl<'a> ResultWriter<'a> {
         if args.save_txt {
             files::create_folder(&folder.join("labels"))?;
         }
-        let (lines, taken) = (Vec::new(), HashSet::new());
-        Ok(ResultWriter { args, folder, names, out, lines, taken, objects: 0, unreadable: 0 })
+        Ok(ResultWriter { args, folder, names, out, lines: Vec::new(), objects: 0, unreadable: 0 })
     }
 
     fn image(
         &mut self,
-        path: &Path,
+        (path, stem): (&Path, &str),
         image: &Image,
         found: &[Detection],
         begin: Instant,
@@ -283,12 +294,11 @@ impl<'a> ResultWriter<'a> {
         let (width, height) = (image.width, image.height);
         let time_ms = begin.elapsed().as_secs_f64() * 1000.0;
         self.objects += found.len();
-        let stem = self.free_stem(path);
         if !self.args.no_draw {
-            self.draw(path, &stem, image, found)?;
+            self.draw(path, stem, image, found)?;
         }
         if self.args.save_txt {
-            self.labels(&stem, (width, height), found)?;
+            self.labels(stem, (width, height), found)?;
         }
         let line =
             format!("{}: {width}x{height}, {}, {time_ms:.0} ms", path.display(), summary(found, self.names));
@@ -301,6 +311,7 @@ impl<'a> ResultWriter<'a> {
                 xyxy: d.xyxy,
             })
             .collect();
+        let path = path.to_string_lossy();
         self.line(&FoundImage::Read { path, width, height, detections }, &line)
     }
 
@@ -308,6 +319,7 @@ impl<'a> ResultWriter<'a> {
         self.unreadable += 1;
         eprintln!("warning: {error}");
         let line = format!("{}: not read", path.display());
+        let path = path.to_string_lossy();
         self.line(&FoundImage::Unreadable { path, error: error.to_string() }, &line)
     }
 
@@ -323,19 +335,6 @@ impl<'a> ResultWriter<'a> {
         writeln!(self.out, "{line}").map_err(|source| PredictError::Write { path: "-".into(), source })
     }
 
-    /// File stem of the results of an image: its own, or with a number where another image of that name was
-    /// before it.
-    fn free_stem(&mut self, path: &Path) -> String {
-        let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-        let mut name = stem.clone();
-        let mut number = 2;
-        while !self.taken.insert(name.to_lowercase()) {
-            name = format!("{stem}-{number}");
-            number += 1;
-        }
-        name
-    }
-
     fn draw(&self, path: &Path, stem: &str, image: &Image, found: &[Detection]) -> Result<(), PredictError> {
         let (width, height) = (image.width as u32, image.height as u32);
         let mut picture = RgbImage::from_raw(width, height, image.pixels.clone())
@@ -345,11 +344,9 @@ impl<'a> ResultWriter<'a> {
             .map(|d| DrawBox { xyxy: d.xyxy, class: d.class as usize, score: Some(d.score) })
             .collect();
         draw_boxes(&mut picture, &boxes, self.names, &BoxStyle::for_size(width, height));
-        let suffix = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
-        let jpeg = suffix == "jpg" || suffix == "jpeg";
-        let target = self.folder.join(format!("{stem}.{}", if jpeg { "jpg" } else { "png" }));
+        let target = targets::drawn(self.folder, path, stem);
         let mut bytes = Vec::new();
-        let encoded = if jpeg {
+        let encoded = if targets::is_jpeg(path) {
             picture.write_with_encoder(image::codecs::jpeg::JpegEncoder::new_with_quality(
                 &mut bytes,
                 JPEG_QUALITY,
@@ -375,7 +372,7 @@ impl<'a> ResultWriter<'a> {
             let (w, h) = ((x1 - x0) / width, (y1 - y0) / height);
             text.push_str(&format!("{} {cx:.6} {cy:.6} {w:.6} {h:.6}\n", d.class));
         }
-        self.write(&self.folder.join("labels").join(format!("{stem}.txt")), text.as_bytes())
+        self.write(&targets::labels(self.folder, stem), text.as_bytes())
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), PredictError> {
@@ -384,7 +381,7 @@ impl<'a> ResultWriter<'a> {
 
     /// Writes `predictions.json`, says what was done, and gives the exit code.
     fn finish(mut self) -> Result<ExitCode, PredictError> {
-        let path = self.folder.join("predictions.json");
+        let path = self.folder.join(targets::ALL);
         let text = format!("[\n{}\n]\n", self.lines.join(",\n"));
         files::write_atomically(&path, |file| file.write_all(text.as_bytes()))?;
         if !self.args.json {

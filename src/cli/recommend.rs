@@ -200,11 +200,11 @@ fn write_new(path: &Path, text: &str) -> Result<(), CliError> {
 
 fn print_json(args: &Args, described: &Described, answer: &Answer, yaml: &str) {
     let line = json!({
-        "data": args.data,
+        "data": args.data.to_string_lossy(),
         "metadata": described.metadata,
         "recommendation": answer.recommended,
         "job": yaml,
-        "written": args.write,
+        "written": args.write.as_ref().map(|path| path.to_string_lossy()),
         "cache": {
             "metadata": cache_word(described.is_hit),
             "recommendation": cache_word(answer.is_hit),

@@ -8,6 +8,7 @@ use super::console::Console;
 use super::{CliError, EXIT_STOPPED};
 use crate::actors::service::{Service, ServiceEnd};
 use crate::adapters::logs::{self, LogFormat, LogOptions};
+use crate::adapters::process;
 
 /// Watch a folder and train what is dropped into it
 #[derive(Debug, clap::Args)]
@@ -41,16 +42,19 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
         files_max: logging.files_max,
         job_files_max: logging.job_files_max,
     })
-    .map_err(|error| CliError::failed_from("logging cannot be set up", error))?;
+    .map_err(|error| {
+        // What a service under another user left behind is the usual reason; the lock would say it next.
+        let owner = process::foreign_owner(&logging.dir);
+        CliError::failed_from(format!("logging cannot be set up{owner}"), error)
+    })?;
     tracing::info!(
-        "boxwright {} watches {} (stop files: {}, state: {}, machine: {})",
+        "boxwright {} watches {} (stop files: {}, state: {})",
         env!("CARGO_PKG_VERSION"),
         config.configs_dir.display(),
         config.stop_dir().display(),
-        config.state_dir.display(),
-        config.machine_id
+        config.state_dir.display()
     );
-    // This process never talks to a GPU: a driver that fails takes a trainer with it, not the service.
+    // Nothing is computed on a GPU here: a driver that fails takes a trainer with it, not the service.
     let service = Service::new(config, console)
         .map_err(|error| CliError::failed_from("the service cannot start", error))?;
     match service.run(args.once).map_err(|error| CliError::failed_from("the service ended", error))? {

@@ -4,10 +4,9 @@ use std::process::ExitCode;
 
 use serde_json::{Value as Json, json};
 
-use super::common::{ServiceArgs, find, open_journal};
+use super::common::{ServiceArgs, find, open_journal, running_slots};
 use super::console::shorten;
 use super::{CliError, services_status};
-use crate::adapters::process;
 use crate::adapters::queue::JobStore;
 use crate::adapters::queue::journal::Journal;
 use crate::job::clock::{human_ms, now_unix_ms, rfc3339};
@@ -90,13 +89,6 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The slots of the service that runs on this journal; `None` when none does.
-fn running_slots(journal: &Journal) -> Result<Option<Vec<SlotRecord>>, CliError> {
-    let board =
-        journal.board().map_err(|error| CliError::failed_from("the journal cannot be read", error))?;
-    Ok(board.filter(|board| process::is_alive(board.service)).map(|board| board.slots))
-}
-
 fn show_slots(slots: Option<&[SlotRecord]>, as_json: bool) {
     match slots {
         _ if as_json => println!("{}", slots.unwrap_or_default().iter().map(slot_json).collect::<Json>()),
@@ -154,7 +146,7 @@ fn brief(record: &JobRecord) -> Json {
         "class": record.class,
         "priority": record.spec.priority,
         "source": record.source,
-        "run_dir": record.run_dir,
+        "run_dir": record.run_dir.to_string_lossy(),
         "attempts": record.attempts,
         "retries": record.retries,
         "interruptions": record.interruptions,

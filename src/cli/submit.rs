@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use super::common::{ServiceArgs, wake_service};
+use serde_json::{Value as Json, json};
+
+use super::common::{ServiceArgs, running_slots, wake_service};
 use super::console::final_metrics;
 use super::{CliError, EXIT_STOPPED, EXIT_USAGE};
 use crate::actors::intake::{self, Submission, Verdict};
@@ -12,6 +14,7 @@ use crate::adapters::queue::JobStore;
 use crate::adapters::queue::journal::Journal;
 use crate::job::clock::unix_ms;
 use crate::job::ids::TaskId;
+use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
 use crate::job::spec::Overlay;
 use crate::job::state::JobState;
@@ -33,7 +36,7 @@ pub struct Args {
     /// Run again what has completed with this very content
     #[arg(long)]
     pub again: bool,
-    /// One JSON object per file
+    /// One JSON object per file, with `--wait` when its job has ended
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -51,33 +54,35 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     let mut accepted = Vec::new();
     let mut refused = false;
     for file in &args.files {
+        let name = file.to_string_lossy();
         match submit(&mut journal, &config, file, args.again)? {
             Outcome::Accepted(task_id, notes) => {
                 for note in notes {
                     eprintln!("warning: {note}");
                 }
-                if args.json {
-                    println!("{}", serde_json::json!({"file": file, "task_id": task_id, "state": "queued"}));
-                } else {
-                    println!("{}: queued as {task_id}", file.display());
+                match (args.json, args.wait) {
+                    (true, false) => {
+                        println!("{}", json!({"file": name, "task_id": task_id, "state": "queued"}))
+                    }
+                    // The object of this file comes with the end of its job.
+                    (true, true) => eprintln!("{name}: queued as {task_id}"),
+                    (false, _) => println!("{name}: queued as {task_id}"),
                 }
-                accepted.push(task_id);
+                accepted.push((file.as_path(), task_id));
             }
-            Outcome::Valid if args.json => {
-                println!("{}", serde_json::json!({"file": file, "state": "valid"}))
-            }
-            Outcome::Valid => println!("{}: valid; it asked for no run", file.display()),
+            Outcome::Valid if args.json => println!("{}", json!({"file": name, "state": "valid"})),
+            Outcome::Valid => println!("{name}: valid; it asked for no run"),
             Outcome::Refused(reason) => {
                 refused = true;
                 if args.json {
-                    println!("{}", serde_json::json!({"file": file, "state": "rejected", "reason": reason}));
+                    println!("{}", json!({"file": name, "state": "rejected", "reason": reason}));
                 }
-                eprintln!("error: {} is refused:\n{reason}", file.display());
+                eprintln!("error: {name} is refused:\n{reason}");
             }
         }
     }
     wake_service(&config);
-    let waited = if args.wait { wait(&journal, &accepted)? } else { ExitCode::SUCCESS };
+    let waited = if args.wait { wait(&journal, &accepted, args.json)? } else { ExitCode::SUCCESS };
     Ok(if refused { ExitCode::from(EXIT_USAGE) } else { waited })
 }
 
@@ -132,10 +137,11 @@ fn read(file: &Path) -> std::io::Result<(Vec<u8>, i64)> {
     Ok((bytes, modified))
 }
 
-/// Waits until all of them have ended and shows how.
-fn wait(journal: &Journal, task_ids: &[TaskId]) -> Result<ExitCode, CliError> {
+/// Waits until all of them have ended and shows how, each as it stands in the list.
+fn wait(journal: &Journal, jobs: &[(&Path, TaskId)], as_json: bool) -> Result<ExitCode, CliError> {
     let mut code = ExitCode::SUCCESS;
-    for task_id in task_ids {
+    let mut is_told = false;
+    for (file, task_id) in jobs {
         let record = loop {
             let record = journal
                 .job(task_id)
@@ -144,22 +150,45 @@ fn wait(journal: &Journal, task_ids: &[TaskId]) -> Result<ExitCode, CliError> {
             if record.state.is_terminal() {
                 break record;
             }
+            if !is_told && running_slots(journal)?.is_none() {
+                is_told = true;
+                eprintln!("no service runs here: the jobs wait until one is started (`boxwright run`)");
+            }
             std::thread::sleep(WAIT_INTERVAL);
         };
         match record.state {
-            JobState::Completed => println!("{}", final_metrics(&record)),
-            JobState::Cancelled => {
-                eprintln!("{task_id} was cancelled: {}", record.reason);
-                if code == ExitCode::SUCCESS {
-                    code = ExitCode::from(EXIT_STOPPED);
-                }
-            }
-            _ => {
-                let class = record.class.map_or("", |class| class.as_str());
-                eprintln!("{task_id} failed ({class}): {}", record.reason);
-                code = ExitCode::FAILURE;
-            }
+            JobState::Completed => {}
+            JobState::Cancelled if code == ExitCode::SUCCESS => code = ExitCode::from(EXIT_STOPPED),
+            JobState::Cancelled => {}
+            _ => code = ExitCode::FAILURE,
+        }
+        match as_json {
+            true => println!("{}", ended_json(file, &record)),
+            false => show_ended(&record),
         }
     }
     Ok(code)
+}
+
+fn ended_json(file: &Path, record: &JobRecord) -> Json {
+    json!({
+        "file": file.to_string_lossy(),
+        "task_id": record.task_id,
+        "state": record.state,
+        "class": record.class,
+        "reason": record.reason,
+        "result": record.result,
+    })
+}
+
+fn show_ended(record: &JobRecord) {
+    let (task_id, reason) = (&record.task_id, &record.reason);
+    match record.state {
+        JobState::Completed => println!("{}", final_metrics(record)),
+        JobState::Failed => {
+            let class = record.class.map_or("", |class| class.as_str());
+            eprintln!("{task_id} failed ({class}): {reason}");
+        }
+        state => eprintln!("{task_id} was {state}: {reason}"),
+    }
 }

@@ -93,10 +93,10 @@ fn report(args: &Args, run_dir: &Path, outcome: &Outcome) {
             "epochs": outcome.epochs,
             "steps": outcome.step,
             "seconds": outcome.seconds,
-            "run_dir": run_dir,
-            "best": outcome.best,
-            "last": outcome.last,
-            "results": Some(run_dir.join("results.csv")).filter(|path| path.is_file()),
+            "run_dir": run_dir.to_string_lossy(),
+            "best": outcome.best.as_deref().map(Path::to_string_lossy),
+            "last": outcome.last.as_deref().map(Path::to_string_lossy),
+            "results": Some(run_dir.join("results.csv")).filter(|path| path.is_file()).as_deref().map(Path::to_string_lossy),
         });
         println!("{line}");
         return;
@@ -111,6 +111,18 @@ fn report(args: &Args, run_dir: &Path, outcome: &Outcome) {
             println!("{name:<22} {}", path.display());
         }
     }
+    if let (OutcomeKind::Completed, Some(line)) = (outcome.kind, outcome.fitness.and_then(final_score)) {
+        println!("{line}");
+    }
+}
+
+/// The last line of a run that completed, by which programs around the older trainers find the score; `None` for a
+/// number that they cannot read. They look for digits, a point, digits.
+fn final_score(fitness: f64) -> Option<String> {
+    let digits = fitness.to_string();
+    let is_read = fitness.is_finite() && fitness.is_sign_positive();
+    let point = if digits.contains('.') { "" } else { ".0" };
+    is_read.then(|| format!("ResultadoFinal:{digits}{point}"))
 }
 
 /// `key=value` items as a tree, with the flags that stand for keys; a value is read as YAML.
@@ -215,15 +227,45 @@ fn run_folder_of(path: &Path) -> Result<PathBuf, CliError> {
     })
 }
 
+fn is_job_file(path: &Path) -> bool {
+    let suffix = path.extension().map(|suffix| suffix.to_ascii_lowercase()).unwrap_or_default();
+    (suffix == "yaml" || suffix == "yml") && path.is_file()
+}
+
+/// Refuses overrides that cannot change a run which goes on: what is no training key, and what chooses its folder.
+fn refuse_fixed(top: &Node) -> Result<(), CliError> {
+    let keys = |node: Option<&Node>| -> Vec<String> {
+        node.and_then(Node::as_mapping).unwrap_or_default().iter().map(|entry| entry.key.clone()).collect()
+    };
+    let mut fixed = keys(Some(top));
+    fixed.retain(|key| key != "train");
+    fixed.extend(keys(top.get("train")).into_iter().filter(|key| PLACE_KEYS.contains(&key.as_str())));
+    if fixed.is_empty() {
+        return Ok(());
+    }
+    let what =
+        format!("a run that is resumed keeps its own {}; allowed: other training keys", fixed.join(", "));
+    Err(CliError::usage(what))
+}
+
 /// Arguments of a run that goes on, from its folder.
 fn resumed_args(folder: &Path, args: &Args) -> Result<(TrainArgs, PathBuf, String), CliError> {
-    let folder = run_folder_of(folder)?;
+    let folder = match run_folder_of(folder) {
+        Err(_) if is_job_file(folder) => {
+            let job = folder.display();
+            let what =
+                format!("{job} is a job file; its newest run goes on with `boxwright train {job} --resume`");
+            return Err(CliError::usage(what));
+        }
+        found => found?,
+    };
     let (file, top) = overrides(args)?;
     if let Some(file) = file {
         return Err(CliError::usage(format!(
             "{file:?}: a run that is resumed has its arguments in its folder"
         )));
     }
+    refuse_fixed(&top)?;
     let path = folder.join("args.yaml");
     let source = path.to_string_lossy().into_owned();
     let text = std::fs::read(&path).map_err(|e| CliError::usage_from(format!("cannot read {source}"), e))?;
@@ -241,5 +283,55 @@ fn resumed_args(folder: &Path, args: &Args) -> Result<(TrainArgs, PathBuf, Strin
             Ok((args, folder, name))
         }
         _ => Err(CliError::usage(faults.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn refused(line: &[&str]) -> String {
+        let args = Line::try_parse_from([&["train"], line].concat()).expect("valid").args;
+        let error = run(args).expect_err("refused");
+        assert_eq!(error.exit_code(), crate::cli::EXIT_USAGE);
+        error.to_string()
+    }
+
+    #[test]
+    fn a_run_that_goes_on_names_what_it_cannot_change() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run_dir = folder.path().join("run");
+        std::fs::create_dir_all(run_dir.join("state")).expect("created");
+        std::fs::write(run_dir.join("args.yaml"), "epochs: 1\n").expect("written");
+        let run_dir = run_dir.to_string_lossy();
+        let line = ["--resume", &run_dir, "model=yolov8m", "sweeper.study_name=s", "name=other", "epochs=3"];
+        let said = refused(&line);
+        assert!(said.contains("keeps its own model, sweeper, name;"), "{said}");
+        let job = folder.path().join("job.yaml");
+        std::fs::write(&job, "model: yolov8n\n").expect("written");
+        let said = refused(&["--resume", &job.to_string_lossy()]);
+        assert!(said.contains("job.yaml --resume`"), "{said}");
+    }
+
+    #[test]
+    fn the_final_score_is_digits_a_point_and_digits() {
+        for (fitness, line) in [
+            (0.8651, Some("ResultadoFinal:0.8651")),
+            (1.0, Some("ResultadoFinal:1.0")),
+            (0.0, Some("ResultadoFinal:0.0")),
+            (1e-7, Some("ResultadoFinal:0.0000001")),
+            (-0.5, None),
+            (f64::NAN, None),
+            (f64::INFINITY, None),
+        ] {
+            assert_eq!(final_score(fitness).as_deref(), line, "{fitness}");
+        }
     }
 }

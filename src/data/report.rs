@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Findings kept per split; further ones are only counted.
 pub const FINDINGS_MAX: usize = 10_000;
@@ -36,10 +36,20 @@ impl FindingKind {
     }
 }
 
+/// A name that is no UTF-8 has replacement characters where that shows: a report is read by people.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+fn lossy_pairs<S: Serializer>(pairs: &[(PathBuf, PathBuf)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(pairs.iter().map(|(a, b)| (a.to_string_lossy(), b.to_string_lossy())))
+}
+
 /// One thing found wrong, with its place and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     /// The image or label file.
+    #[serde(serialize_with = "lossy")]
     pub file: PathBuf,
     /// Line, from 1; 0 when the whole file is meant.
     pub line: usize,
@@ -121,6 +131,7 @@ pub struct DatasetReport {
     /// Remarks on the dataset file.
     pub notes: Vec<String>,
     /// Images of equal content, by pairs; filled only when it was asked for.
+    #[serde(serialize_with = "lossy_pairs")]
     pub equal_images: Vec<(PathBuf, PathBuf)>,
 }
 
@@ -153,5 +164,27 @@ impl DatasetReport {
                 )
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStrExt;
+
+    #[test]
+    fn names_that_are_no_text_are_written_all_the_same() {
+        let file = Path::new(std::ffi::OsStr::from_bytes(b"a\xff.jpg"));
+        let findings = vec![Finding::new(file, 0, FindingKind::ImageDropped, "cut short")];
+        let report = DatasetReport {
+            splits: vec![SplitReport { findings, ..SplitReport::default() }],
+            equal_images: vec![(file.to_owned(), "b.jpg".into())],
+            ..DatasetReport::default()
+        };
+        let json = serde_json::to_value(&report).expect("JSON");
+        assert_eq!(json["splits"][0]["findings"][0]["file"], "a\u{fffd}.jpg");
+        assert_eq!(json["equal_images"][0], serde_json::json!(["a\u{fffd}.jpg", "b.jpg"]));
+        let back: DatasetReport = serde_json::from_value(json).expect("a report");
+        assert_eq!(back.equal_images[0].1, Path::new("b.jpg"));
     }
 }

@@ -1,5 +1,6 @@
 //! Several machines: one owner for a job, whatever happens to machines and networks.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use boxwright::adapters::store::{self, BucketName, ObjectKey};
@@ -158,6 +159,49 @@ fn a_second_service_of_the_same_name_ends_with_a_word_and_the_first_goes_on() {
     first.start();
     park.push(&[("config", &stub_job("b", "steps=2"))]);
     park.wait_result(&first, "b");
+    first.end_service(libc::SIGTERM);
+}
+
+/// Words that run the program on a host of this name.
+fn on_host(name: &str) -> [String; 6] {
+    let script = format!("hostname {name} && exec \"$@\"");
+    ["unshare", "--uts", "sh", "-c", &script, "sh"].map(str::to_owned)
+}
+
+#[test]
+fn a_machine_keeps_its_name_when_its_host_gets_another_and_a_copy_of_its_state_does_not_take_it() {
+    if !Command::new("unshare").args(["--uts", "true"]).status().is_ok_and(|status| status.success()) {
+        println!("skipped: this user may not name a host");
+        return;
+    }
+    let Some(park) = Park::new() else { return };
+    let (mut first, mut copy) = (park.machine("unused"), park.machine("unused"));
+    for (world, host) in [(&mut first, "container-1"), (&mut copy, "container-3")] {
+        world.set("MACHINE_ID", "");
+        world.launch_by(&on_host(host).each_ref().map(String::as_str));
+    }
+    first.start();
+    park.push(&[("config", &stub_job("a", "steps=60,pause=0.02"))]);
+    first.wait_steps("a", 5);
+    first.kill_service();
+    first.launch_by(&on_host("container-2").each_ref().map(String::as_str));
+    first.start();
+    let result = park.wait_result(&first, "a");
+    assert_eq!((result["machine_id"].as_str(), result["attempt"].as_i64()), (Some("container-1"), Some(2)));
+    first.wait_log("the name of this machine is container-1, as at the first start");
+    first.end_service(libc::SIGTERM);
+    std::fs::create_dir(copy.path("state")).expect("created");
+    for name in ["journal.sqlite", "journal.sqlite-wal"] {
+        if first.path("state").join(name).exists() {
+            std::fs::copy(first.path("state").join(name), copy.path("state").join(name)).expect("copied");
+        }
+    }
+    let beats = first.logs().matches("takes jobs from").count();
+    first.start();
+    first.wait("it to be heard", || (first.logs().matches("takes jobs from").count() > beats).then_some(()));
+    copy.start();
+    assert_eq!(copy.wait_service().code(), Some(1));
+    assert!(copy.logs().contains("another service uses the machine id container-1"), "{}", copy.logs());
     first.end_service(libc::SIGTERM);
 }
 

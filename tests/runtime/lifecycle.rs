@@ -90,6 +90,24 @@ fn stop_files_for_queued_running_finished_unknown_and_stale() {
 }
 
 #[test]
+fn a_stop_file_without_an_event_is_found_however_rarely_the_folders_are_read() {
+    let mut world = World::new();
+    world.write(
+        "service.yaml",
+        world.read("service.yaml").replace("poll_interval_ms: 200", "poll_interval_ms: 3600000"),
+    );
+    world.start();
+    world.drop_job("a.yaml", job("a", "steps=100000"));
+    world.wait_steps("a", 2);
+    // Events come from the folder that was there at the start.
+    std::fs::rename(world.path("configs/stop"), world.path("configs/stop-before")).expect("moved");
+    std::fs::create_dir(world.path("configs/stop")).expect("created");
+    world.write("configs/stop/stop_training_a.txt", "");
+    world.wait_state("a", JobState::Cancelled);
+    world.end_service(libc::SIGTERM);
+}
+
+#[test]
 fn a_deaf_trainer_is_ended_by_force() {
     let mut world = World::with("stop: {grace_seconds: 0.2}\n");
     world.start();
@@ -252,6 +270,53 @@ fn the_command_line_works_with_and_without_a_service() {
     assert!(String::from_utf8_lossy(&doctor.stdout).contains("training on "));
     let help = world.command(&["run", "--help"]).output().expect("runs");
     assert!(String::from_utf8_lossy(&help.stdout).contains("Exit codes: 0 done"));
+}
+
+#[test]
+fn waiting_for_submitted_jobs_gives_json_alone_and_says_that_nobody_works() {
+    let mut world = World::new();
+    let files: Vec<_> = [("w1", "steps=2"), ("w2", "steps=2,always=13@1")]
+        .iter()
+        .map(|(id, stub)| world.write(&format!("{id}.yaml"), job(id, stub)).to_string_lossy().into_owned())
+        .collect();
+    let mut command = world.command(&["submit", "--wait", "--json", &files[0], &files[1]]);
+    let (out, err) = (world.path("out.json"), world.path("err.txt"));
+    let create = |path: &std::path::Path| std::fs::File::create(path).expect("writable");
+    let mut child = command.stdout(create(&out)).stderr(create(&err)).spawn().expect("the program runs");
+    world.wait("a word about the service", || {
+        world.read("err.txt").contains("no service runs here").then_some(())
+    });
+    world.start();
+    let status = world.wait("both ends", || child.try_wait().expect("waits"));
+    assert_eq!(status.code(), Some(1), "one failed");
+    let rows: Vec<serde_json::Value> =
+        world.read("out.json").lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let states: Vec<_> = rows.iter().map(|row| (row["task_id"].as_str(), row["state"].as_str())).collect();
+    assert_eq!(states, [(Some("w1"), Some("completed")), (Some("w2"), Some("failed"))]);
+    assert_eq!(rows[0]["result"]["fitness"].as_f64(), Some(0.5));
+    assert_eq!((rows[1]["class"].as_str(), rows[1]["file"].as_str()), (Some("diverged"), Some(&*files[1])));
+    assert!(rows[1]["reason"].as_str().is_some_and(|reason| !reason.is_empty()));
+    assert_eq!(world.read("err.txt").matches("no service runs here").count(), 1);
+}
+
+#[test]
+fn a_drain_does_not_wait_for_a_service_that_was_killed() {
+    let mut world = World::new();
+    world.start();
+    world.drop_job("a.yaml", job("a", "steps=100000"));
+    world.wait_steps("a", 2);
+    let unknown = world.run(&["undrain", "GPU 7"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("allowed: cpu 0"));
+    let mut waits = world.command(&["drain", "--wait"]).spawn().expect("the program runs");
+    world.wait_log("drained: all");
+    assert!(waits.try_wait().expect("waits").is_none(), "a job runs");
+    // The journal goes on saying that the job has the slot.
+    world.kill_service();
+    let status = world.wait("the end of the wait", || waits.try_wait().expect("waits"));
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(world.run(&["undrain", "cpu 0"]).status.code(), Some(2), "the whole machine is drained");
+    assert!(world.run(&["undrain"]).status.success());
 }
 
 #[test]

@@ -227,6 +227,26 @@ fn every_secret_and_mounted_file_is_there() {
 }
 
 #[test]
+fn the_script_makes_folders_of_the_user_and_secrets_that_can_be_replaced() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    std::fs::create_dir(at("scripts")).expect("created");
+    std::fs::copy(root().join("scripts/compose-secrets.sh"), at("scripts/make.sh")).expect("copied");
+    let mode = |name: &str| std::fs::metadata(at(name)).expect("it is there").permissions().mode() & 0o777;
+    for round in ["new", "mine"] {
+        let done = std::process::Command::new("bash").arg(at("scripts/make.sh")).output().expect("bash");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        assert!(at("config_versions").is_dir() && at("config").is_dir());
+        assert_eq!((mode("secrets"), mode("secrets/store_id")), (0o700, 0o644), "{round}");
+        let text = std::fs::read_to_string(at("secrets/store_id")).expect("readable");
+        assert!(if round == "new" { text.len() == 24 } else { text == "mine" }, "{text}");
+        std::fs::write(at("secrets/store_id"), "mine").expect("writable");
+        std::fs::set_permissions(at("secrets/store_id"), PermissionsExt::from_mode(0o444)).expect("changed");
+    }
+}
+
+#[test]
 fn the_queue_is_written_to_disk_and_never_evicted() {
     let text = read(&root().join("configs/compose/redis.conf"));
     for line in ["appendonly yes", "maxmemory-policy noeviction"] {

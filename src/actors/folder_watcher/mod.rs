@@ -37,6 +37,8 @@ pub const FILES_MAX: usize = 10_000;
 const BATCH_MAX: usize = 64;
 /// How long a file that came to no verdict is left alone.
 const POSTPONE: Duration = Duration::from_secs(1);
+/// Between two readings of the folder of stop files, where `watch.poll_interval_ms` is longer.
+const STOP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long another service may decide about a file before this one says so and lets it be.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -60,6 +62,7 @@ pub struct FolderWatcher {
     told_unclaimable: bool,
     complaint: Option<String>,
     looking: bool,
+    looking_for_stops: bool,
     look_again: bool,
     look_due: Option<Instant>,
     looks_done: u64,
@@ -92,6 +95,7 @@ impl FolderWatcher {
             told_unclaimable: false,
             complaint: None,
             looking: false,
+            looking_for_stops: false,
             look_again: false,
             look_due: None,
             looks_done: 0,
@@ -156,6 +160,23 @@ impl FolderWatcher {
             Err(error) => {
                 actor.complain(format!("reading the watched folders failed: {error}"));
                 actor.looked(ctx);
+            }
+        }));
+    }
+
+    /// Reads the folder of stop files alone, and everything when one is there about which nothing was said yet.
+    fn look_for_stops(&mut self, ctx: &mut Context<Self>) {
+        if self.looking || std::mem::replace(&mut self.looking_for_stops, true) {
+            return;
+        }
+        let stop_dir = self.config.stop_dir();
+        let work = tokio::task::spawn_blocking(move || listing::stop_files(&stop_dir, FILES_MAX));
+        ctx.spawn(work.into_actor(self).map(|result, actor, ctx| {
+            actor.looking_for_stops = false;
+            // A folder that cannot be read is named by the look at everything.
+            let stops = result.ok().and_then(Result::ok).unwrap_or_default();
+            if stops.iter().any(|(path, seen)| actor.warned.get(path) != Some(&seen.modified_unix_ms)) {
+                actor.look(ctx);
             }
         }));
     }
@@ -376,9 +397,11 @@ impl Actor for FolderWatcher {
         self.watch(ctx);
         self.look(ctx);
         // Whatever events and plans do, the folders are read this often.
-        ctx.run_interval(Duration::from_millis(self.config.watch.poll_interval_ms), |actor, ctx| {
-            actor.look(ctx)
-        });
+        let interval = Duration::from_millis(self.config.watch.poll_interval_ms);
+        ctx.run_interval(interval, |actor, ctx| actor.look(ctx));
+        if interval > STOP_INTERVAL {
+            ctx.run_interval(STOP_INTERVAL, |actor, ctx| actor.look_for_stops(ctx));
+        }
     }
 }
 

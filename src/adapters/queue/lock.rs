@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
+use crate::adapters::process;
+
 /// Held as long as this value lives; the system lets go when the process ends, however it ends.
 #[derive(Debug)]
 pub struct ProcessLock {
@@ -22,7 +24,7 @@ pub enum LockError {
         pid: Option<u32>,
     },
     /// The file system refused.
-    #[error("cannot lock {path}")]
+    #[error("cannot lock {path}{}", owner(path, source))]
     Io {
         /// The file.
         path: PathBuf,
@@ -34,6 +36,11 @@ pub enum LockError {
 
 fn holder(pid: Option<u32>) -> String {
     pid.map_or(String::new(), |pid| format!(" (process {pid})"))
+}
+
+fn owner(path: &Path, source: &std::io::Error) -> String {
+    let is_denied = source.kind() == std::io::ErrorKind::PermissionDenied;
+    if is_denied { process::foreign_owner(path) } else { String::new() }
 }
 
 impl ProcessLock {

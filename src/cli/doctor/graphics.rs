@@ -131,7 +131,7 @@ impl Cache {
     }
 
     fn json(&self) -> Json {
-        json!({"path": self.path, "files": self.files, "bytes": self.bytes})
+        json!({"path": self.path.to_string_lossy(), "files": self.files, "bytes": self.bytes})
     }
 
     fn check(&self) -> Check {

@@ -111,3 +111,60 @@ fn wrong_requests_end_with_code_two_and_a_reason() {
         assert!(parsed(&[weights.as_str(), "x", bad[0], bad[1]]).is_err(), "{bad:?}");
     }
 }
+
+#[test]
+fn no_file_that_was_given_is_overwritten() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    let text = |name: &str| at(name).to_string_lossy().into_owned();
+    let weights = weights(folder.path()).to_string_lossy().into_owned();
+    std::fs::create_dir_all(at("set/images")).expect("created");
+    std::fs::create_dir_all(at("set/labels")).expect("created");
+    RgbImage::new(60, 40).save(at("set/images/a.png")).expect("saved");
+    std::fs::write(at("set/labels/a.txt"), "0 0.5 0.5 0.1 0.1\n").expect("written");
+    std::fs::create_dir(at("links")).expect("created");
+    std::os::unix::fs::symlink(at("set/images/a.png"), at("links/a.png")).expect("linked");
+    let before = std::fs::read(at("set/images/a.png")).expect("read");
+    let image = text("set/images/a.png");
+    let cases = [
+        (vec![text("set/images"), "--out".into(), text("set/images")], "set/images/a.png"),
+        (vec![image.clone(), "--out".into(), text("set/labels/../images")], "a.png"),
+        (vec![image.clone(), "--out".into(), text("links")], "links/a.png"),
+        (
+            vec![image.clone(), "--no-draw".into(), "--save-txt".into(), "--out".into(), text("set")],
+            "labels/a.txt",
+        ),
+    ];
+    for (rest, named) in &cases {
+        let line: Vec<&str> = std::iter::once(&weights).chain(rest).map(String::as_str).collect();
+        let error = execute(&parsed(&line).expect("valid"), &mut Vec::new()).expect_err("refused");
+        assert!(error.to_string().contains(named), "{error}");
+        assert_eq!(CliError::from(error).exit_code(), 2);
+    }
+    assert_eq!(std::fs::read(at("set/images/a.png")).expect("read"), before);
+    assert_eq!(std::fs::read_to_string(at("set/labels/a.txt")).expect("read"), "0 0.5 0.5 0.1 0.1\n");
+    assert!(!at("set/images/predictions.json").exists(), "nothing was written");
+    // A folder that holds the results of an earlier call is used again.
+    for _ in 0..2 {
+        let line = [weights.as_str(), &image, "--out", &text("out")];
+        execute(&parsed(&line).expect("valid"), &mut Vec::new()).expect("predicted");
+    }
+}
+
+#[test]
+fn names_that_are_no_text_stand_in_the_results_all_the_same() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let weights = weights(folder.path()).to_string_lossy().into_owned();
+    let images = folder.path().join("in");
+    std::fs::create_dir(&images).expect("created");
+    let name = std::ffi::OsStr::from_bytes(b"a\xff.png");
+    RgbImage::new(60, 40).save_with_format(images.join(name), image::ImageFormat::Png).expect("saved");
+    let out = folder.path().join("out");
+    let (images, out) = (images.to_string_lossy(), out.to_string_lossy());
+    let line = [weights.as_str(), &images, "--json", "--out", &out];
+    let mut printed = Vec::new();
+    execute(&parsed(&line).expect("valid"), &mut printed).expect("predicted");
+    let row: serde_json::Value = serde_json::from_slice(&printed).expect("JSON");
+    assert!(row["path"].as_str().is_some_and(|path| path.ends_with("in/a\u{fffd}.png")), "{row}");
+}

@@ -33,7 +33,7 @@ pub struct RedisConfig {
     pub username: Option<String>,
     /// Password of that user, or of the server.
     pub password: Option<Secret>,
-    /// Certificates (PEM) that are trusted beside the usual ones.
+    /// Certificates (PEM) that are trusted in place of the usual ones.
     pub ca_file: Option<PathBuf>,
     /// Key of the queue: a stream, or a list.
     pub topic: String,
@@ -265,8 +265,12 @@ impl RedisConfig {
     }
 
     pub(super) fn environment(&mut self, set: &dyn Fn(&str) -> Option<String>, faults: &mut Faults) {
+        let mut has_password = false;
         if let Some(url) = set("REDIS_URL") {
             self.urls = addresses(&url);
+            // That of sentinels is not the one of the server that they watch.
+            has_password =
+                self.kind != RedisKind::Sentinel && self.urls.iter().any(|url| has_password_in(url));
         } else if let Some(host) = set("REDIS_HOST") {
             let port = set("REDIS_PORT").unwrap_or_else(|| "6379".into());
             let db = set("REDIS_DB").unwrap_or_else(|| "0".into());
@@ -279,7 +283,10 @@ impl RedisConfig {
         if let Some(name) = set("REDIS_USERNAME") {
             self.username = Some(name);
         }
-        secret_variable("REDIS_PASSWORD", &mut self.password, set, faults);
+        // The password in an address that a user sets goes before a file that a container comes with.
+        if set("REDIS_PASSWORD").is_some() || !has_password {
+            secret_variable(&["REDIS_PASSWORD"], &mut self.password, set, faults);
+        }
         for (name, target) in [("TOPIC", &mut self.topic), ("RESULT_TOPIC", &mut self.result_topic)] {
             if let Some(value) = set(name) {
                 *target = value;
@@ -302,22 +309,34 @@ fn is_redis_address(url: &str) -> bool {
     ["redis://", "rediss://", "redis+unix://", "unix://"].iter().any(|scheme| url.starts_with(scheme))
 }
 
+/// True for `scheme://USER:PASSWORD@..` with a password.
+fn has_password_in(url: &str) -> bool {
+    let (_, rest) = url.split_once("://").unwrap_or_default();
+    let authority = rest.split('/').next().unwrap_or_default();
+    let user = authority.rsplit_once('@').map(|(user, _)| user);
+    user.and_then(|user| user.split_once(':')).is_some_and(|(_, password)| !password.is_empty())
+}
+
 /// The address without what may be a password.
 fn masked(url: &str) -> String {
     crate::job::spec::masked(&serde_json::Value::from(url)).as_str().unwrap_or_default().to_owned()
 }
 
-/// A secret from the variable `name`, or from the file that `name_FILE` names.
+/// A secret from the first of these variables that is set, or else from the first file that a `NAME_FILE` names: what a
+/// user sets outright goes before the files that a container comes with.
 fn secret_variable(
-    name: &str,
+    names: &[&str],
     target: &mut Option<Secret>,
     set: &dyn Fn(&str) -> Option<String>,
     faults: &mut Faults,
 ) {
-    if let Some(value) = set(name) {
+    if let Some(value) = names.iter().find_map(|name| set(name)) {
         *target = Some(Secret::new(value));
-    } else if let Some(file) = set(&format!("{name}_FILE")) {
-        *target = secret_file(Path::new(&file), &format!("{name}_FILE"), faults);
+        return;
+    }
+    let mut files = names.iter().map(|name| format!("{name}_FILE"));
+    if let Some((name, file)) = files.find_map(|name| set(&name).map(|file| (name, file))) {
+        *target = secret_file(Path::new(&file), &name, faults);
     }
 }
 
@@ -372,12 +391,8 @@ impl StoreConfig {
         if let Some(region) = set("AWS_REGION") {
             self.region = region;
         }
-        for name in ["AWS_ACCESS_KEY_ID", "MINIO_ID"] {
-            secret_variable(name, &mut self.id, set, faults);
-        }
-        for name in ["AWS_SECRET_ACCESS_KEY", "MINIO_SECRET_KEY"] {
-            secret_variable(name, &mut self.secret, set, faults);
-        }
+        secret_variable(&["MINIO_ID", "AWS_ACCESS_KEY_ID"], &mut self.id, set, faults);
+        secret_variable(&["MINIO_SECRET_KEY", "AWS_SECRET_ACCESS_KEY"], &mut self.secret, set, faults);
     }
 }
 
@@ -418,8 +433,8 @@ impl MlflowConfig {
         if let Some(name) = set("MLFLOW_TRACKING_USERNAME") {
             self.username = Some(name);
         }
-        secret_variable("MLFLOW_TRACKING_PASSWORD", &mut self.password, set, faults);
-        secret_variable("MLFLOW_TRACKING_TOKEN", &mut self.token, set, faults);
+        secret_variable(&["MLFLOW_TRACKING_PASSWORD"], &mut self.password, set, faults);
+        secret_variable(&["MLFLOW_TRACKING_TOKEN"], &mut self.token, set, faults);
     }
 }
 
@@ -469,6 +484,44 @@ mod tests {
         assert_eq!(config.store.endpoint.as_deref(), Some("http://m:9000"));
         assert_eq!(config.mlflow.tracking_uri.as_deref(), Some("http://t:5000"));
         assert!(!format!("{config:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn what_is_set_outright_goes_before_files_of_secrets() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("word");
+        std::fs::write(&file, "of the file").expect("writable");
+        let file = file.to_string_lossy();
+        let with = |more: &[(&str, &str)]| {
+            let files = ["REDIS_PASSWORD_FILE", "MINIO_ID_FILE", "MINIO_SECRET_KEY_FILE"];
+            let files = files.map(|name| (name, &*file));
+            let set: Vec<_> =
+                more.iter().chain(&files).map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
+            let find =
+                |name: &str| set.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+            load("strict: no\n", find).expect("valid")
+        };
+        let words = |config: &ServiceConfig| {
+            let secrets = [&config.redis.password, &config.store.id, &config.store.secret];
+            secrets.map(|secret| secret.as_ref().map(|word| word.expose().to_owned()))
+        };
+        let of_file = || Some("of the file".to_owned());
+        assert_eq!(words(&with(&[])), [of_file(), of_file(), of_file()]);
+        let addresses =
+            [("redis://:mine@h:1/0", None), ("rediss://me@h:1", of_file()), ("redis://h", of_file())];
+        for (url, password) in addresses {
+            assert_eq!(words(&with(&[("REDIS_URL", url)]))[0], password, "{url}");
+        }
+        let both = with(&[("REDIS_URL", "redis://:mine@h:1/0"), ("REDIS_PASSWORD", "outright")]);
+        assert_eq!(words(&both)[0].as_deref(), Some("outright"));
+        let sentinels = load("redis: {kind: sentinel}\n", |name| match name {
+            "REDIS_URL" => Some("redis://:theirs@h:1".to_owned()),
+            "REDIS_PASSWORD_FILE" => Some(file.to_string()),
+            _ => None,
+        });
+        assert_eq!(words(&sentinels.expect("valid"))[0], of_file());
+        let keys = with(&[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "key")]);
+        assert_eq!(words(&keys), [of_file(), Some("id".into()), Some("key".into())]);
     }
 
     #[test]

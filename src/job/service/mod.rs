@@ -26,8 +26,10 @@ pub struct ServiceConfig {
     pub state_dir: PathBuf,
     /// Root of the run folders.
     pub runs_dir: PathBuf,
-    /// Name of this machine.
+    /// Name of this machine: as it was set, else the host name, which a service replaces by that of its first start.
     pub machine_id: String,
+    /// The name was set, here or in the environment.
+    pub is_machine_id_set: bool,
     /// Refuse jobs with keys without effect.
     pub strict: bool,
     /// Prefixes of data paths and what they become.
@@ -145,6 +147,7 @@ impl Default for ServiceConfig {
             state_dir: "state".into(),
             runs_dir: "runs".into(),
             machine_id: sysinfo::System::host_name().unwrap_or_else(|| "localhost".to_owned()),
+            is_machine_id_set: false,
             strict: false,
             data_path_map: Vec::new(),
             base: None,
@@ -241,7 +244,7 @@ impl ServiceConfig {
             self.stop_dir = Some(value.into());
         }
         if let Some(value) = set("MACHINE_ID") {
-            self.machine_id = value;
+            (self.machine_id, self.is_machine_id_set) = (value, true);
         }
         if let Some(value) = set("BOXWRIGHT_TRAINER") {
             self.trainer_program = Some(value.into());
@@ -266,7 +269,7 @@ impl ServiceConfig {
         if let Some(node) = reader.set("machine_id")
             && let Some(name) = faults.text(node, "machine_id")
         {
-            self.machine_id = name;
+            (self.machine_id, self.is_machine_id_set) = (name, true);
         }
         flag(&mut reader, "strict", &mut self.strict, faults);
         if let Some(node) = reader.set("base") {
@@ -554,6 +557,7 @@ mod tests {
         assert_eq!(config.stop_dir(), Path::new("/config"));
         assert_eq!(config.runs_dir, Path::new("/results"));
         assert_eq!((config.max_gpu_percent, config.machine_id.as_str()), (60, "box-7"));
+        assert!(config.is_machine_id_set && !ServiceConfig::default().is_machine_id_set);
         let error = ServiceConfig::load(None, |name| (name == "MAX_GPU").then(|| "300".to_owned()));
         assert!(error.expect_err("300 percent").to_string().contains("key `MAX_GPU`: got \"300\""));
     }
