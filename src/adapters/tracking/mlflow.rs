@@ -324,6 +324,28 @@ mod tests {
     }
 
     #[test]
+    fn a_step_is_tried_longer_the_less_a_try_costs_and_the_more_it_may_help() {
+        let (operation, said) = ("put artifact", String::new());
+        let failed = |status| TrackingError::Failed { operation, status, said: said.clone() };
+        let silent = |is_late| TrackingError::Silent { operation, limit_s: 30.0, is_late, source: None };
+        let forbidden = TrackingError::Credentials { operation, status: 403, said: said.clone() };
+        let missing = TrackingError::Missing { operation, said: said.clone() };
+        let tries = |error: &TrackingError| (0..100).find(|attempts| is_dispensed_with(error, *attempts));
+        assert_eq!(
+            (tries(&failed(500)), tries(&failed(503)), tries(&silent(false))),
+            (Some(60), Some(60), Some(60))
+        );
+        assert_eq!(
+            (tries(&failed(404)), tries(&forbidden), tries(&silent(true))),
+            (Some(3), Some(3), Some(3))
+        );
+        assert_eq!(tries(&missing), Some(0));
+        // Those that speak of the run or of the server are not for a step to decide.
+        assert_eq!(tries(&TrackingError::Busy { operation, wait_s: 5 }), None);
+        assert_eq!(tries(&TrackingError::Fenced { owner: "b".into(), fence: 2 }), None);
+    }
+
+    #[test]
     fn long_values_are_cut_and_named() {
         let long = [("x".to_owned(), "y".repeat(7000))];
         let mut notes = Notes::default();
