@@ -35,8 +35,10 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(5);
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 /// Between two notes in the journal that all is well.
 const WELL_INTERVAL_MS: i64 = 30_000;
-/// Tries of one delivery that fails by itself before it is given up; with the delays, days.
-const ATTEMPTS_MAX: u32 = 5_000;
+/// Tries of one delivery that fails by itself before it is given up; with the delays, three weeks.
+const ATTEMPTS_MAX: u32 = 30_000;
+/// Tries to put a service in order that does other things.
+const BEGINNINGS_MAX: u32 = 5;
 
 /// A way to a courier.
 pub struct Courier {
@@ -76,6 +78,7 @@ impl Courier {
             refusals: 0,
             refusal_told: None,
             noted_well_unix_ms: 0,
+            beginnings: 0,
             has_begun: false,
         };
         let name = format!("courier-{}", round.sink.name().as_str());
@@ -117,6 +120,8 @@ struct Round {
     refusals: u32,
     refusal_told: Option<Instant>,
     noted_well_unix_ms: i64,
+    /// Tries to put the service in order that failed though it does other things.
+    beginnings: u32,
     /// The service was put in order since this courier started.
     has_begun: bool,
 }
@@ -242,6 +247,11 @@ impl Round {
         match self.sink.begin(&live).await {
             Ok(()) => self.has_begun = true,
             Err(error) if error.verdict() == AfterFailure::AllWait => {
+                self.down(&error.chain()).await;
+                return Err(Look::Down);
+            }
+            Err(error) if error.verdict() == AfterFailure::LaneWaits && self.beginnings < BEGINNINGS_MAX => {
+                self.beginnings += 1;
                 self.down(&error.chain()).await;
                 return Err(Look::Down);
             }

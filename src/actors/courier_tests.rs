@@ -30,19 +30,29 @@ impl Sink for Scripted {
         SinkName::Mlflow
     }
 
+    async fn begin(&self, _live: &[String]) -> Result<(), DeliveryError> {
+        self.obey("begin")
+    }
+
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
         self.tries.fetch_add(1, Ordering::SeqCst);
-        let order = self.orders.lock().expect("sound").get_mut(&delivery.key).and_then(VecDeque::pop_front);
-        let what = "as ordered".to_owned();
-        match order {
-            Some(Order::Outage) => return Err(DeliveryError::Outage { what, source: None }),
-            Some(Order::Later) => return Err(DeliveryError::Later { what, source: None }),
-            Some(Order::Refuse) => return Err(DeliveryError::Refused { what, source: None }),
-            Some(Order::Panic) => panic!("as ordered"),
-            None => {}
-        }
+        self.obey(&delivery.key)?;
         self.made.lock().expect("sound").push(delivery.key.clone());
         Ok(Receipt::default())
+    }
+}
+
+impl Scripted {
+    fn obey(&self, key: &str) -> Result<(), DeliveryError> {
+        let order = self.orders.lock().expect("sound").get_mut(key).and_then(VecDeque::pop_front);
+        let what = "as ordered".to_owned();
+        match order {
+            Some(Order::Outage) => Err(DeliveryError::Outage { what, source: None }),
+            Some(Order::Later) => Err(DeliveryError::Later { what, source: None }),
+            Some(Order::Refuse) => Err(DeliveryError::Refused { what, source: None }),
+            Some(Order::Panic) => panic!("as ordered"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -143,6 +153,24 @@ fn an_outage_holds_everything_and_loses_nothing() {
     let services = scene.runtime.block_on(scene.keeper.with(|journal| journal.services())).expect("reads");
     assert_eq!((services[0].0.as_str(), services[0].1["state"].as_str()), ("mlflow", Some("up")));
     end(&courier);
+}
+
+#[test]
+fn a_service_that_is_not_put_in_order_is_told_all_the_same() {
+    for (orders, left) in [
+        // An outage is waited for as long as it takes.
+        ([Order::Outage; 9].as_slice(), 0),
+        ([Order::Later; 2].as_slice(), 0),
+        ([Order::Later; 9].as_slice(), 3),
+        ([Order::Refuse; 9].as_slice(), 8),
+    ] {
+        let scene = Scene::new(vec![delivery("a", "a1", 0)], &[("begin", orders)]);
+        let courier = scene.start();
+        scene.wait_empty();
+        assert_eq!(scene.made(), ["a1"]);
+        assert_eq!(scene.sink.orders.lock().expect("sound")["begin"].len(), left);
+        end(&courier);
+    }
 }
 
 #[test]

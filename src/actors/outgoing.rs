@@ -15,6 +15,7 @@ use crate::job::delivery::{
 };
 use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
+use crate::job::spec::masked;
 use crate::job::state::JobState;
 
 /// A dispatcher for the side services that are configured.
@@ -71,7 +72,7 @@ fn delivery(
 
 fn on_state(config: &ServiceConfig, record: &JobRecord) -> Vec<NewDelivery> {
     match record.state {
-        JobState::Preparing if config.mlflow.tracking_uri.is_some() => vec![run_start(config, record)],
+        JobState::Preparing => run_start(config, record, Vec::new()),
         JobState::Interrupted | JobState::Queued if record.attempts > 0 && config.store.is_on() => {
             // Whoever continues it, here or elsewhere, wants the newest checkpoint.
             vec![files(config, record, SinkName::Store, FilesMoment::Checkpoint, None, 0)]
@@ -88,10 +89,11 @@ fn ended(config: &ServiceConfig, record: &JobRecord) -> Vec<NewDelivery> {
         deliveries.push(files(config, record, SinkName::Store, FilesMoment::End, None, 0));
     }
     if config.mlflow.tracking_uri.is_some() && has_run {
+        // The status first: files that the server does not take must not hold it back.
+        deliveries.push(run_end(config, record));
         if config.mlflow.is_sending_artifacts {
             deliveries.push(files(config, record, SinkName::Mlflow, FilesMoment::End, None, 0));
         }
-        deliveries.push(run_end(config, record));
     }
     if config.redis.is_on() {
         let body = ResultBody {
@@ -105,8 +107,18 @@ fn ended(config: &ServiceConfig, record: &JobRecord) -> Vec<NewDelivery> {
     deliveries
 }
 
-fn run_start(config: &ServiceConfig, record: &JobRecord) -> NewDelivery {
+/// The start of a run, with `more_tags` about where it runs, if a tracking server is configured. It takes the place of the same
+/// start without them while that waits, and completes it when that was delivered.
+pub fn run_start(
+    config: &ServiceConfig,
+    record: &JobRecord,
+    more_tags: Vec<(String, String)>,
+) -> Vec<NewDelivery> {
+    if config.mlflow.tracking_uri.is_none() {
+        return Vec::new();
+    }
     let spec = &record.spec;
+    let data = masked(&Json::from(spec.args.data.as_str())).as_str().unwrap_or_default().to_owned();
     let mut params = vec![
         ("type".to_owned(), spec.kind.clone()),
         ("trial_number".to_owned(), spec.trial_number.to_string()),
@@ -121,11 +133,14 @@ fn run_start(config: &ServiceConfig, record: &JobRecord) -> NewDelivery {
         ("boxwright.release".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ("model_type".to_owned(), spec.kind.clone()),
         ("experiment_name".to_owned(), spec.study_name.clone()),
-        ("data_source".to_owned(), spec.args.data.clone()),
+        ("data_source".to_owned(), data.clone()),
         ("content_sha256".to_owned(), record.content_sha256.clone()),
     ];
     if let Some(version) = spec.version {
         tags.push(("version".to_owned(), version.to_string()));
+    }
+    if data.contains("://") {
+        tags.push(("dataset_url".to_owned(), data));
     }
     let metadata = spec.bookkeeping.get("metadata").and_then(Json::as_object);
     let kept = |name: &str| {
@@ -137,9 +152,10 @@ fn run_start(config: &ServiceConfig, record: &JobRecord) -> NewDelivery {
     {
         tags.extend(kept(name).map(|text| (tag.to_owned(), text)));
     }
+    tags.extend(more_tags);
     let body = RunStartBody { run: run_ref(config, record), at_unix_ms: now_unix_ms(), params, tags };
     let key = format!("start:{}:{}", record.instance, record.attempts_all());
-    delivery(record, SinkName::Mlflow, key, false, 0, DeliveryBody::RunStart(body))
+    vec![delivery(record, SinkName::Mlflow, key, false, 0, DeliveryBody::RunStart(body))]
 }
 
 /// `key_sub` for nested values, as users of the older workers know their parameters.
@@ -161,9 +177,11 @@ fn run_end(config: &ServiceConfig, record: &JobRecord) -> NewDelivery {
         reason: record.reason.clone(),
         at_unix_ms: record.finished_unix_ms.unwrap_or_else(now_unix_ms),
         metrics: final_metrics(record),
+        epochs: epochs(record),
         fitness: fitness(record),
         fitness_name: record.spec.fitness.clone(),
-        best_url: result_text(record, "best").map(|_| store_url(config, record, "weights/best.safetensors")),
+        best_url: result_text(record, "best")
+            .and_then(|_| store_url(config, record, "weights/best.safetensors")),
         val_fingerprint: result_text(record, "val_fingerprint"),
     };
     let key = format!("end:{}", record.instance);
@@ -185,13 +203,12 @@ fn files(
         said.as_u64().or_else(|| progress("last_checkpoint")[name].as_u64()).unwrap_or(0)
     };
     let is_end = moment == FilesMoment::End;
-    let epochs = record.result.as_ref().and_then(|result| result["epochs"].as_u64());
     let body = FilesBody {
         run: run_ref(config, record),
         moment,
         status: if is_end { record.state.to_string() } else { "running".to_owned() },
         // What the checkpoint that is sent says of itself counts more: it may be a newer one by then.
-        epoch: epochs.filter(|_| is_end).unwrap_or_else(|| count("epoch")) as u32,
+        epoch: epochs(record).filter(|_| is_end).unwrap_or_else(|| count("epoch") as u32),
         step: count("step"),
         metrics: if is_end {
             final_metrics(record)
@@ -249,6 +266,11 @@ fn final_metrics(record: &JobRecord) -> Map<String, Json> {
     found.unwrap_or_default()
 }
 
+/// Epochs trained, when the trainer said so.
+fn epochs(record: &JobRecord) -> Option<u32> {
+    record.result.as_ref()?["epochs"].as_u64().map(|epochs| epochs as u32)
+}
+
 fn fitness(record: &JobRecord) -> Option<f64> {
     // A job that failed has no score; one that was stopped has what it had reached.
     let result = record.result.as_ref().filter(|_| record.state != JobState::Failed)?;
@@ -259,30 +281,29 @@ fn result_text(record: &JobRecord, name: &str) -> Option<String> {
     record.result.as_ref()?[name].as_str().map(str::to_owned)
 }
 
-/// Where a file of a run lies, or will lie, in the object store.
-fn store_url(config: &ServiceConfig, record: &JobRecord, path: &str) -> String {
+/// Where a file of a run lies, or will lie, in the object store; `None` when nothing is stored.
+fn store_url(config: &ServiceConfig, record: &JobRecord, path: &str) -> Option<String> {
     let store = &config.store;
     let key = format!("{}/{}/{path}", record.spec.study_name, record.task_id);
     match (&store.endpoint, &store.folder) {
-        (Some(_), _) => format!("s3://{}/{key}", store.bucket),
-        (None, Some(folder)) => folder.join(&store.bucket).join(key).display().to_string(),
-        (None, None) => String::new(),
+        (Some(_), _) => Some(format!("s3://{}/{key}", store.bucket)),
+        (None, Some(folder)) => Some(folder.join(&store.bucket).join(key).display().to_string()),
+        (None, None) => None,
     }
 }
 
 /// The message that tells of the end of a job.
 pub fn result_message(config: &ServiceConfig, record: &JobRecord) -> Json {
-    let result = record.result.as_ref();
     let checkpoint = |name: &str| {
         let Some(local) = result_text(record, name) else { return Json::Null };
         let file = format!("weights/{name}.safetensors");
         json!({
             "local": local,
-            "s3": config.store.endpoint.as_ref().map(|_| store_url(config, record, &file)),
+            "s3": config.store.endpoint.as_ref().and_then(|_| store_url(config, record, &file)),
             "sha256": result_text(record, &format!("{name}_sha256")),
             "epoch": match name {
                 "best" => record.progress.as_ref().and_then(|progress| progress["best_epoch"].as_u64()),
-                _ => result.and_then(|result| result["epochs"].as_u64()),
+                _ => epochs(record).map(u64::from),
             },
         })
     };
@@ -393,8 +414,8 @@ mod tests {
                 (Mlflow, "start:I:1"),
                 (Mlflow, "epoch:I:1:5"),
                 (Mlflow, "epoch:I:2:10"),
-                (Mlflow, "files:I"),
                 (Mlflow, "end:I"),
+                (Mlflow, "files:I"),
             ]
         );
     }
@@ -432,17 +453,39 @@ mod tests {
     }
 
     #[test]
+    fn the_end_knows_its_epochs_and_names_no_place_where_nothing_is_stored() {
+        let mut config = fleet();
+        let mut journal = Journal::in_memory().expect("opens");
+        let record = job(&mut journal, &config, "a");
+        journal.begin_attempt(record.seq, "starts").expect("legal");
+        let result = json!({"metrics": {"metrics/mAP50(B)": 0.9}, "best": "/b", "epochs": 7});
+        let change = Change::to(JobState::Completed, "done").with_result(Some(result));
+        let done = journal.change(record.seq, change).expect("legal");
+        let end = |config: &ServiceConfig| match run_end(config, &done).body {
+            DeliveryBody::RunEnd(end) => (end.epochs, end.best_url),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(end(&config), (Some(7), Some("s3://models/s/a/weights/best.safetensors".to_owned())));
+        config.store.endpoint = None;
+        config.store.folder = None;
+        assert_eq!(end(&config), (Some(7), None));
+    }
+
+    #[test]
     fn parameters_and_tags_are_those_that_the_job_gave() {
         let config = fleet();
         let mut journal = Journal::in_memory().expect("opens");
         let record = job(&mut journal, &config, "a");
-        let DeliveryBody::RunStart(start) = run_start(&config, &record).body else { panic!("a start") };
+        let place = vec![("gpu_0_uuid".to_owned(), "GPU-1".to_owned())];
+        let start = run_start(&config, &record, place).remove(0).body;
+        let DeliveryBody::RunStart(start) = start else { panic!("a start") };
         let tag =
             |name: &str| start.tags.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str());
         assert_eq!(
             (tag("author"), tag("mlflow.note.content"), tag("version")),
             (Some("me"), Some("a note"), Some("3"))
         );
+        assert_eq!((tag("gpu_0_uuid"), tag("dataset_url")), (Some("GPU-1"), None), "its data is a path");
         let param =
             |name: &str| start.params.iter().find(|(known, _)| known == name).map(|(_, v)| v.as_str());
         assert_eq!((param("epochs"), param("type"), param("data")), (Some("100"), Some("yolo"), Some("d")));

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::endings::{self, Ending};
+use super::trainer::certified;
 use crate::adapters::process;
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::{JobStore, QueueError};
@@ -12,7 +13,7 @@ use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
 use crate::job::state::JobState;
-use crate::train::child::ChildResult;
+use crate::train::child::{ChildResult, ChildSpec};
 
 /// How long a left-over trainer may take to die.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -31,6 +32,13 @@ pub fn result_path(run_dir: &Path) -> PathBuf {
 pub fn result_of(record: &JobRecord) -> Option<ChildResult> {
     ChildResult::read(&result_path(&record.run_dir))
         .filter(|result| result.task_id == record.task_id.as_str() && result.attempt == record.attempts)
+}
+
+/// The GPU that this very attempt was given, by the file that its process was started with.
+fn gpu_uuid_of(record: &JobRecord, state_dir: &Path) -> Option<String> {
+    let text = std::fs::read(child_spec_path(state_dir, &record.task_id)).ok()?;
+    let spec: ChildSpec = serde_json::from_slice(&text).ok()?;
+    spec.gpu_uuid.filter(|_| spec.attempt == record.attempts)
 }
 
 /// Puts every job that had a process in order: a trainer that still runs is killed; a job whose trainer left its
@@ -59,7 +67,7 @@ pub fn recover(
             continue;
         }
         let ending = match result_of(&record) {
-            Some(result) => endings::read_result(&result),
+            Some(result) => certified(endings::read_result(&result), gpu_uuid_of(&record, state_dir)),
             None if record.state == JobState::Stopping => Ending::Cancelled(None),
             None => Ending::Interrupted("the service ended while the job ran".to_owned()),
         };
@@ -106,7 +114,7 @@ mod tests {
             reason: Some("no images".into()),
             fitness: Some(0.25),
             metrics: serde_json::Map::new(),
-            best: None,
+            best: (status == "completed").then(|| record.run_dir.join("best.safetensors")),
             last: None,
             epochs: Some(3),
             data_fingerprint: None,
@@ -124,6 +132,21 @@ mod tests {
         let mut records: Vec<JobRecord> =
             ids.iter().map(|id| running(&mut journal, &config, folder.path(), id)).collect();
         result(&records[1], 1, "completed");
+        std::fs::write(records[1].run_dir.join("best.safetensors"), "abc").expect("writable");
+        let given = ChildSpec {
+            task_id: "finished".into(),
+            attempt: 1,
+            mode: Default::default(),
+            run_dir: records[1].run_dir.clone(),
+            args: records[1].spec.args.clone(),
+            resume: true,
+            result_path: result_path(&records[1].run_dir),
+            gpu_share_max: 1.0,
+            gpu_uuid: Some("GPU-1".into()),
+        };
+        let path = child_spec_path(folder.path(), &records[1].task_id);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("writable");
+        std::fs::write(&path, serde_json::to_vec(&given).expect("JSON")).expect("writable");
         result(&records[2], 1, "failed");
         result(&records[3], 0, "completed");
         records[4] = journal.change(records[4].seq, Change::to(JobState::Stopping, "asked")).expect("legal");
@@ -142,6 +165,9 @@ mod tests {
             ]
         );
         assert_eq!(changed[2].reason, "no images");
+        let told = changed[1].result.as_ref().expect("a result");
+        let sum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!((told["best_sha256"].as_str(), told["gpu_uuid"].as_str()), (Some(sum), Some("GPU-1")));
         assert!(
             recover(&mut journal, &config, folder.path()).expect("recovers").is_empty(),
             "once is enough"

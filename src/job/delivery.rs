@@ -282,6 +282,9 @@ pub struct RunEndBody {
     pub at_unix_ms: i64,
     /// The last metrics, by the names of `results.csv`.
     pub metrics: Map<String, Json>,
+    /// Epochs trained; `None` for an evaluation, and in deliveries of earlier versions.
+    #[serde(default)]
+    pub epochs: Option<u32>,
     /// The score and its name, when there is one.
     pub fitness: Option<f64>,
     /// See above.

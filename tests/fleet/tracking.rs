@@ -143,13 +143,17 @@ fn a_run_is_there_whole_with_its_files_and_its_place_in_the_registry() {
     ] {
         assert_eq!(item(&run, "tags", key), Some(value), "{key}");
     }
+    for key in ["WORKER_HOSTNAME", "WORKER_KERNEL_VERSION", "WORKER_CPU_CORES", "WORKER_CURRENT_DATE"] {
+        assert!(item(&run, "tags", key).is_some_and(|value| !value.is_empty()), "{key}: {run}");
+    }
+    // The status is told before the rest.
+    world.wait("the files", || item(&tracking.run("mlflow-whole")?, "tags", "boxwright.artifacts").map(drop));
     let listed = tracking.get("artifacts/list", &[("run_id", run_id)]);
     let files = listed["files"].as_array().cloned().unwrap_or_default();
     let table = files.iter().find(|file| file["path"] == "results.csv").expect("the table is there");
     let folder = world.record("mlflow-whole").expect("known").run_dir;
     let length = std::fs::metadata(folder.join("results.csv")).expect("there").len();
     assert_eq!(table["file_size"].as_u64(), Some(length));
-    // The entry in the registry is the last that is done.
     let version = world.wait("the alias", || {
         let answer = tracking.get("registered-models/alias", &[("name", &study), ("alias", "best")]);
         Some(answer["model_version"].clone()).filter(|version| version.is_object())

@@ -64,7 +64,7 @@ fn a_server_that_takes_no_files_is_told_where_they_are() {
         let run = RunRef { run_dir: folder.path().to_owned(), ..run("proxyless") };
         let place = "s3://mlflow-artifacts/x";
         world.post("experiments/create", json!({ "name": run.study_name, "artifact_location": place })).await;
-        let sink = world.sink().with_store_url("http://store:9000/models");
+        let sink = world.sink().with_store_url("http://me:hunter2@store:9000/models");
         deliver(&sink, &files(&run, FilesMoment::End)).await;
         let shown = world.only_run(&run.study_name).await;
         let said = shown.tag("boxwright.artifacts").expect("a word");

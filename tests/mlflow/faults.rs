@@ -172,9 +172,16 @@ fn answers_are_taken_for_what_they_mean() {
         // Nobody is there.
         let error = failure(&sink_at("http://127.0.0.1:9"), &delivery).await;
         assert_eq!(error.verdict(), AfterFailure::AllWait, "{error:?}");
-        // A delivery at which the server fails again and again holds its own lane only.
-        proxy.set(Fault::Answer(500, ""));
-        let error = failure(&sink, &Delivery { attempts: 9, ..delivery.clone() }).await;
+        // A delivery at which a server fails that does other things holds its own lane only.
+        for fault in [Fault::Answer(500, ""), Fault::Answer(403, ""), Fault::Answer(404, "")] {
+            let study = run.study_name.clone();
+            proxy.plan_lines(move |line| if line.contains(&study) { fault } else { Fault::None });
+            let error = failure(&sink, &delivery).await;
+            assert_eq!(error.verdict(), AfterFailure::LaneWaits, "{fault:?}: {error:?}");
+        }
+        // So does one that it begins with and does not end.
+        proxy.plan(|number| if number == 0 { Fault::None } else { Fault::Cut });
+        let error = failure(&sink, &delivery).await;
         assert_eq!(error.verdict(), AfterFailure::LaneWaits, "{error:?}");
         // A name that the server does not take is given up.
         proxy.set(Fault::None);

@@ -3,6 +3,7 @@
 use boxwright::adapters::sink::{DeliveryError, Sink};
 use boxwright::job::delivery::RunRef;
 
+use crate::proxy::{Fault, Proxy};
 use crate::world::*;
 
 fn taken_over(run: &RunRef) -> RunRef {
@@ -96,7 +97,47 @@ fn open_runs_of_a_machine_are_closed_at_its_start() {
         assert!(shown.tag("boxwright.reason").is_some_and(|reason| reason.contains(&machine)));
         // The job comes back all the same: its run goes on.
         deliver(&sink, &start(&dead, T0 + 10, &[])).await;
-        assert_eq!(world.only_run(&dead.study_name).await.status(), "RUNNING");
+        let shown = world.only_run(&dead.study_name).await;
+        assert_eq!((shown.status(), shown.tag("boxwright.reason")), ("RUNNING", None));
         assert!(sink.reconcile("it's", &[]).await.is_err());
+    });
+}
+
+#[test]
+fn a_run_that_another_service_of_the_same_name_closed_goes_on_with_its_next_epoch() {
+    with_server(async |world| {
+        let (sink, other) = (world.sink(), world.sink());
+        let machine = format!("machine-{}", uuid::Uuid::new_v4());
+        let run = RunRef { machine_id: machine.clone(), ..run("namesakes") };
+        deliver_all(&sink, &[start(&run, T0, &[]), epoch(&run, 1, T0 + 1000)], 0).await;
+        assert_eq!(other.reconcile(&machine, &[]).await.expect("it works").len(), 1);
+        assert_eq!(world.only_run(&run.study_name).await.status(), "KILLED");
+        deliver(&sink, &epoch(&run, 2, T0 + 2000)).await;
+        let shown = world.only_run(&run.study_name).await;
+        assert_eq!((shown.status(), shown.tag("boxwright.reason")), ("RUNNING", None));
+        // Its own end is final.
+        deliver_all(&sink, &[ended(&run, "cancelled", T0 + 3000, 2), epoch(&run, 2, T0 + 2000)], 0).await;
+        let shown = world.only_run(&run.study_name).await;
+        assert_eq!((shown.status(), shown.tag("boxwright.reason")), ("KILLED", Some("it cancelled")));
+    });
+}
+
+#[test]
+fn an_open_run_that_may_not_be_changed_leaves_the_others_to_be_closed() {
+    with_server(async |world| {
+        let proxy = Proxy::before(world.server.port);
+        let (sink, closing) = (world.sink(), sink_at(&proxy.url));
+        let machine = format!("machine-{}", uuid::Uuid::new_v4());
+        for _ in 0..2 {
+            let run = RunRef { machine_id: machine.clone(), ..run("forbidden") };
+            deliver(&sink, &start(&run, T0, &[])).await;
+        }
+        let mut changes = 0;
+        proxy.plan_lines(move |line| {
+            changes += usize::from(line.contains("runs/log-batch"));
+            if line.contains("runs/log-batch") && changes == 1 { Fault::Answer(403, "") } else { Fault::None }
+        });
+        assert_eq!(closing.reconcile(&machine, &[]).await.expect("it works").len(), 1);
+        assert_eq!(closing.reconcile(&machine, &[]).await.expect("it works").len(), 1, "the other");
     });
 }

@@ -1,6 +1,7 @@
 //! The tracking adapter against a real MLflow server, directly and through a proxy that does what networks do.
 
 mod artifacts;
+mod couriers;
 mod faults;
 mod life;
 mod machines;

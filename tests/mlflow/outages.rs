@@ -40,7 +40,8 @@ fn certificates(folder: &Path) -> Option<()> {
 async fn insist(sink: &MlflowSink, delivery: &Delivery) {
     let deadline = Instant::now() + START_LIMIT;
     while let Err(error) = sink.deliver(delivery).await {
-        assert_eq!(error.verdict(), AfterFailure::AllWait, "{}", error.chain());
+        // One that answers and then not holds a lane only.
+        assert_ne!(error.verdict(), AfterFailure::GiveUp, "{}", error.chain());
         assert!(Instant::now() < deadline, "{}", error.chain());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -25,7 +25,7 @@ pub enum Fault {
     Answer(u16, &'static str),
 }
 
-type Plan = Box<dyn FnMut(usize) -> Fault + Send>;
+type Plan = Box<dyn FnMut(usize, &Seen) -> Fault + Send>;
 
 /// One request as it came in.
 #[derive(Debug, Clone)]
@@ -54,7 +54,7 @@ impl Proxy {
     pub fn before(port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let state = State { plan: Box::new(|_| Fault::None), seen: Vec::new(), held: Vec::new(), late: 0 };
+        let state = State { plan: Box::new(|_, _| Fault::None), seen: Vec::new(), held: Vec::new(), late: 0 };
         let state = Arc::new(Mutex::new(state));
         let shared = state.clone();
         std::thread::spawn(move || {
@@ -73,7 +73,14 @@ impl Proxy {
     pub fn plan(&self, mut plan: impl FnMut(usize) -> Fault + Send + 'static) {
         let mut state = self.state.lock().expect("no panic");
         let first = state.seen.len();
-        state.plan = Box::new(move |number| plan(number - first));
+        state.plan = Box::new(move |number, _| plan(number - first));
+        state.held.clear();
+    }
+
+    /// From now on a request with this first line (`POST /path HTTP/1.1`) meets `plan(line)`.
+    pub fn plan_lines(&self, mut plan: impl FnMut(&str) -> Fault + Send + 'static) {
+        let mut state = self.state.lock().expect("no panic");
+        state.plan = Box::new(move |_, seen| plan(&seen.line));
         state.held.clear();
     }
 
@@ -128,8 +135,8 @@ fn serve(client: TcpStream, port: u16, state: &Mutex<State>) -> std::io::Result<
     let fault = {
         let mut state = state.lock().expect("no panic");
         let number = state.seen.len();
+        let fault = (state.plan)(number, &seen);
         state.seen.push(seen);
-        let fault = (state.plan)(number);
         if fault == Fault::Late {
             state.late += 1;
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use boxwright::adapters::sink::{DeliveryError, Receipt, Sink};
+use boxwright::adapters::sink::{AfterFailure, DeliveryError, Receipt, Sink};
 use boxwright::adapters::tracking::MlflowSink;
 use boxwright::job::delivery::{
     Delivery, DeliveryBody, FilesBody, FilesMoment, MetricPoint, RunEndBody, RunMetricsBody, RunRef,
@@ -84,13 +84,15 @@ pub fn epoch(run: &RunRef, epoch: i64, at_unix_ms: i64) -> Delivery {
 }
 
 pub fn end(run: &RunRef, status: &str, at_unix_ms: i64, last_epoch: i64) -> RunEndBody {
-    let row = json!({ "epoch": last_epoch, "time": 9.0, "metrics/mAP50(B)": last_epoch as f64 / 100.0 });
+    // As the trainer ends: without a row's epoch and time.
+    let metrics = json!({ "metrics/mAP50(B)": last_epoch as f64 / 100.0 });
     RunEndBody {
         run: run.clone(),
         status: status.into(),
         reason: format!("it {status}"),
         at_unix_ms,
-        metrics: row.as_object().expect("an object").clone(),
+        metrics: metrics.as_object().expect("an object").clone(),
+        epochs: Some(last_epoch as u32),
         fitness: Some(0.5),
         fitness_name: "metrics/mAP50-95(B)".into(),
         best_url: Some(format!("s3://models/{}/{}/weights/best.safetensors", run.study_name, run.task_id)),
@@ -131,7 +133,10 @@ pub async fn deliver_all(sink: &MlflowSink, deliveries: &[Delivery], tries_max: 
                 Ok(_) => break,
                 Err(error @ (DeliveryError::Outage { .. } | DeliveryError::Later { .. })) => {
                     failures += 1;
-                    delivery.attempts += 1;
+                    // An outage is no attempt.
+                    if error.verdict() == AfterFailure::LaneWaits {
+                        delivery.attempts += 1;
+                    }
                     assert!(failures <= tries_max, "still failing: {}", error.chain());
                 }
                 Err(error) => panic!("given up: {}", error.chain()),

@@ -253,9 +253,8 @@ impl Supervisor {
             self.observer.notice(&Notice::Started(Box::new(record.clone())));
             // do_send: the mailbox has no limit for it, and a closed one ends this actor at the next tick.
             bay.trainer.do_send(Start { record: Box::new(record.clone()), gpu: bay.slot.as_gpu().cloned() });
-            let progress_saved = Instant::now();
-            let (samples, sampled) = (Vec::new(), None);
-            bay.busy = Some(Busy { record, progress: Map::new(), progress_saved, samples, sampled });
+            bay.busy = Some(Busy::new(record));
+            self.tell_place(seat, ctx);
         }
         self.publish(ctx);
     }

@@ -1,7 +1,14 @@
 //! Session events on their way to people: the last sign of progress, and the lines of the job's log.
 
+use std::time::Instant;
+
+use actix::{AsyncContext, Context, WrapFuture};
 use serde_json::{Map, Value as Json};
 
+use super::{Busy, Supervisor, log_journal};
+use crate::actors::outgoing;
+use crate::adapters::gpu::Gpu;
+use crate::adapters::telemetry::{GpuMemory, GpuSample, worker_fields};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::MetricPoint;
 use crate::job::record::JobRecord;
@@ -14,6 +21,70 @@ pub(in crate::actors) fn prepare_log(record: &JobRecord) {
         spec.log_level.as_deref(),
         spec.log_format.as_deref(),
     );
+}
+
+/// What of a job's progress outlives the process that said it: a later attempt goes on from there.
+const KEPT_PROGRESS: [&str; 3] = ["best_epoch", "last_epoch", "last_checkpoint"];
+
+impl Busy {
+    /// The job of a slot at the start of an attempt.
+    pub(super) fn new(record: JobRecord) -> Self {
+        let known = record.progress.as_ref().and_then(Json::as_object);
+        let kept = |name: &str| Some((name.to_owned(), known?.get(name)?.clone()));
+        let progress = KEPT_PROGRESS.into_iter().filter_map(kept).collect();
+        Self { record, progress, progress_saved: Instant::now(), samples: Vec::new(), sampled: None }
+    }
+}
+
+impl Supervisor {
+    /// Tells the tracking server where the job of a seat runs.
+    pub(super) fn tell_place(&self, seat: usize, ctx: &mut Context<Self>) {
+        let Some(busy) = self.bays[seat].busy.as_ref().filter(|_| self.config.mlflow.tracking_uri.is_some())
+        else {
+            return;
+        };
+        let given = self.bays[seat].slot.as_gpu().cloned();
+        let all: Vec<Gpu> = self.bays.iter().filter_map(|bay| bay.slot.as_gpu().cloned()).collect();
+        let (record, keeper, config) = (busy.record.clone(), self.keeper.clone(), self.config.clone());
+        let work = async move {
+            let set = |name: &str| std::env::var(name).ok();
+            let tags = tokio::task::spawn_blocking(move || place_tags(given.as_ref(), &all, set)).await;
+            let start = outgoing::run_start(&config, &record, tags.unwrap_or_default());
+            let told = keeper.with(move |journal| journal.put_samples(&record.instance, start)).await;
+            if let Err(error) = told {
+                log_journal("note where a job runs", &error);
+            }
+        };
+        // Waited for, so that no end of the job comes before it.
+        ctx.wait(work.into_actor(self));
+    }
+}
+
+/// Tags of this machine, with `all` its GPUs, and of the GPU that a job was `given`. Blocks.
+fn place_tags(
+    given: Option<&Gpu>,
+    all: &[Gpu],
+    set: impl Fn(&str) -> Option<String>,
+) -> Vec<(String, String)> {
+    let memory =
+        |gpu: &Gpu| GpuMemory { total_bytes: gpu.memory_bytes, free_bytes: gpu.memory_bytes, used_bytes: 0 };
+    let sample = |gpu: &Gpu| GpuSample {
+        number: gpu.number as u32,
+        name: gpu.name.clone(),
+        uuid: gpu.uuid.clone(),
+        memory: Some(memory(gpu)),
+        ..GpuSample::default()
+    };
+    let samples: Vec<GpuSample> = all.iter().map(sample).collect();
+    let mut tags = worker_fields(&samples, set);
+    if let Some(gpu) = given {
+        let named = |what: &str, value: String| (format!("gpu_{}_{what}", gpu.number), value);
+        tags.push(named("name", gpu.name.clone()));
+        tags.push(named("uuid", gpu.uuid.clone()));
+        // MiB, as in the progress hash.
+        tags.push(named("memoryTotal", (gpu.memory_bytes >> 20).to_string()));
+    }
+    tags
 }
 
 /// Keeps the last word of each kind that a status shows.
@@ -95,4 +166,68 @@ fn figures(event: &Json, keys: &[&str]) -> String {
         format!("{key} {value}")
     });
     spelt.collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::adapters::queue::JobStore;
+    use crate::adapters::queue::journal::Journal;
+    use crate::job::record::NewJob;
+    use crate::job::service::ServiceConfig;
+    use crate::job::spec::JobSpec;
+
+    #[test]
+    fn a_later_attempt_knows_what_the_earlier_ones_reached() {
+        let mut journal = Journal::in_memory().expect("opens");
+        let context = ServiceConfig::default().spec_context("/w".into());
+        let text = "model: yolov8n\ntype: yolo\ntask_id: t\ntrain: {data: d}\n";
+        let spec = JobSpec::load(text.as_bytes(), "t", &context).expect("valid").spec;
+        let new = NewJob {
+            run_dir: spec.run_dir(),
+            spec,
+            source: "t".into(),
+            content_sha256: "0".into(),
+            reason: "waits".into(),
+            shared: None,
+        };
+        let mut record = journal.accept(new, None).expect("accepted");
+        assert!(Busy::new(record.clone()).progress.is_empty());
+        let mut progress = Map::new();
+        for event in [
+            json!({"event": "step", "step": 9, "images_per_second": 70.5}),
+            json!({"event": "epoch", "epoch": 2, "is_best": true, "columns": {"metrics/mAP50(B)": 0.5}}),
+            json!({"event": "checkpoint", "epoch": 2, "step": 9}),
+        ] {
+            merge_progress(&mut progress, event["event"].as_str().expect("text"), &event);
+        }
+        record.progress = Some(Json::Object(progress));
+        let busy = Busy::new(record);
+        assert_eq!(busy.progress["best_epoch"], 2);
+        assert_eq!(busy.progress["last_epoch"]["columns"]["metrics/mAP50(B)"], 0.5);
+        assert_eq!(busy.progress["last_checkpoint"]["step"], 9);
+        assert_eq!(busy.progress.len(), 3, "the speed of a process that is gone is no news");
+    }
+
+    #[test]
+    fn the_tags_name_the_machine_and_the_gpu_of_the_job() {
+        let gpu = |number: usize| Gpu {
+            number,
+            uuid: format!("GPU-{number}"),
+            name: "N".into(),
+            memory_bytes: 8 << 30,
+            refused: None,
+        };
+        let set = |name: &str| (name == "WORKER_NAME").then(|| "w1".to_owned());
+        let tags = place_tags(Some(&gpu(1)), &[gpu(0), gpu(1)], set);
+        let find = |name: &str| tags.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        assert_eq!((find("WORKER_NAME"), find("WORKER_GPU_COUNT")), (Some("w1"), Some("2")));
+        assert_eq!(find("WORKER_GPU_MEMORY"), Some("8192, 8192"));
+        assert_eq!((find("gpu_1_name"), find("gpu_1_uuid")), (Some("N"), Some("GPU-1")));
+        assert_eq!((find("gpu_1_memoryTotal"), find("gpu_0_uuid")), (Some("8192"), None));
+        let tags = place_tags(None, &[], set);
+        assert!(tags.iter().all(|(key, _)| !key.starts_with("gpu_")));
+    }
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use actix::{Actor, AsyncContext, Context, Handler, Message, WrapFuture};
 use tokio::sync::mpsc;
 
+pub(super) use process::certified;
 pub use provision::Supply;
 
 use super::supervisor::{ChildEnded, Supervisor};

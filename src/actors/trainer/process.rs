@@ -103,8 +103,8 @@ pub(super) async fn run(
     ending
 }
 
-/// Adds to a result the checksums of its weights, and the GPU.
-fn certified(ending: Ending, gpu_uuid: Option<String>) -> Ending {
+/// Adds to a result the checksums of its weights, and the GPU. Blocks.
+pub(in crate::actors) fn certified(ending: Ending, gpu_uuid: Option<String>) -> Ending {
     let add = |result: Option<Json>| {
         let mut result = result?;
         for name in ["best", "last"] {

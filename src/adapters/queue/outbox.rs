@@ -2,8 +2,8 @@
 //!
 //! A delivery is written in the transaction of the change that it tells of ([`Dispatcher`]), so that neither is ever
 //! there without the other. It is removed after it was made; a crash between the two makes it twice, which deliveries
-//! bear. Order is kept within a lane. When [`ITEMS_MAX`] wait, those that may be dropped go, oldest first; the others
-//! (results, ends of runs) are kept whatever it costs, because there are only a few for each job.
+//! bear. Order is kept within a lane. When [`ITEMS_MAX`] wait for one service, those for it that may be dropped go, oldest
+//! first; the others (results, ends of runs) are kept whatever it costs, because there are only a few for each job.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::job::clock::now_unix_ms;
 use crate::job::delivery::{NewDelivery, SinkName};
 use crate::job::record::JobRecord;
 
-/// Deliveries kept unless the service is configured otherwise.
+/// Deliveries kept for each service unless the service is configured otherwise.
 pub const ITEMS_MAX: usize = 100_000;
 /// Insertions between two checks of the size.
 const CHECK_EVERY: i64 = 64;
@@ -96,22 +96,32 @@ pub(super) fn put(
     Ok(())
 }
 
-/// Drops what may be dropped, oldest first, until the outbox is within its limit.
+/// Drops what may be dropped, oldest first, until what waits for each service is within the limit. What waits for one that
+/// is down costs the others nothing.
 fn trim(connection: &Connection, items_max: usize) -> Result<(), QueueError> {
     let failed = sql("trim the outbox");
-    let count: i64 = connection.row("SELECT count(*) FROM outbox", [], |row| row.get(0)).map_err(&failed)?;
-    let over = count - items_max as i64;
-    if over > 0 {
+    for sink in SinkName::ALL.map(SinkName::as_str) {
+        let count: i64 = connection
+            .row("SELECT count(*) FROM outbox WHERE sink = ?1", [sink], |row| row.get(0))
+            .map_err(&failed)?;
+        let over = count - items_max as i64;
+        if over <= 0 {
+            continue;
+        }
         let dropped = connection
             .run(
-                "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE droppable ORDER BY id LIMIT ?1)",
-                [over],
+                "DELETE FROM outbox WHERE id IN \
+                 (SELECT id FROM outbox WHERE sink = ?1 AND droppable ORDER BY id LIMIT ?2)",
+                params![sink, over],
             )
             .map_err(&failed)?;
-        tracing::warn!(
-            dropped,
-            "the outbox is full: the oldest samples and intermediate uploads are dropped"
-        );
+        if dropped > 0 {
+            tracing::warn!(
+                sink,
+                dropped,
+                "the outbox is full: the oldest samples and intermediate uploads are dropped"
+            );
+        }
     }
     Ok(())
 }
@@ -130,7 +140,7 @@ impl Journal {
         self.dispatcher = Some(dispatcher);
     }
 
-    /// Limits the outbox to so many deliveries.
+    /// Limits the outbox to so many deliveries for each service.
     pub fn limit_outbox(&mut self, items_max: usize) {
         self.outbox_items_max = items_max;
     }
@@ -327,5 +337,44 @@ impl Journal {
             .row("SELECT value FROM flags WHERE name = ?1", [name], |row| row.get(0))
             .optional()
             .map_err(sql("read a flag"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::delivery::{DeliveryBody, RunMetricsBody, RunRef};
+
+    fn put(journal: &Journal, sink: SinkName, count: usize, may_be_dropped: bool) {
+        for number in 0..count {
+            let body = RunMetricsBody { run: RunRef::sample("i"), points: Vec::new() };
+            let key = format!("{may_be_dropped}-{number}");
+            let body = DeliveryBody::RunMetrics(body);
+            let delivery = NewDelivery { sink, lane: "i".into(), key, may_be_dropped, hold_ms: 0, body };
+            journal.put_samples("i", vec![delivery]).expect("stored");
+        }
+    }
+
+    fn waits(journal: &Journal, sink: SinkName) -> u64 {
+        let depths = journal.depths().expect("reads");
+        depths.iter().find(|depth| depth.sink == sink).map_or(0, |depth| depth.count)
+    }
+
+    #[test]
+    fn what_waits_for_one_service_costs_the_others_nothing() {
+        let mut journal = Journal::in_memory().expect("opens");
+        journal.limit_outbox(100);
+        put(&journal, SinkName::Store, 50, true);
+        put(&journal, SinkName::Redis, 50, true);
+        put(&journal, SinkName::Mlflow, 100, true);
+        put(&journal, SinkName::Mlflow, 3 * CHECK_EVERY as usize, false);
+        assert_eq!((waits(&journal, SinkName::Store), waits(&journal, SinkName::Redis)), (50, 50));
+        let kept = waits(&journal, SinkName::Mlflow);
+        assert_eq!(kept, 3 * CHECK_EVERY as u64, "only those that may not be dropped");
+        put(&journal, SinkName::Redis, 400, true);
+        let kept = waits(&journal, SinkName::Redis);
+        assert!((100..100 + CHECK_EVERY as u64).contains(&kept), "{kept}");
+        let first = &journal.due(SinkName::Redis, i64::MAX, 1).expect("reads")[0];
+        assert_ne!(first.key, "true-0", "the oldest went");
     }
 }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-pub use gpus::{GpuProcess, GpuSample};
+pub use gpus::{GpuMemory, GpuProcess, GpuSample};
 pub use host::HostSample;
 pub use identity::worker_fields;
 
@@ -172,7 +172,6 @@ impl Sample {
 
 #[cfg(test)]
 mod tests {
-    use super::gpus::GpuMemory;
     use super::host::{Disk, Network};
     use super::*;
 

@@ -75,7 +75,7 @@ impl MlflowSink {
 
     /// With the address of the bucket of runs (`http://HOST:9000/models`), for the runs whose files the server does not take.
     pub fn with_store_url(mut self, url: impl Into<String>) -> Self {
-        self.store_url = Some(url.into());
+        self.store_url = Some(artifacts::without_secrets(&url.into()));
         self
     }
 
@@ -110,6 +110,7 @@ impl MlflowSink {
         if view.status != "RUNNING" {
             self.set_status(&view.id, "RUNNING", None).await?;
         }
+        self.unmark(&view).await?;
         let mut notes = Notes::default();
         let params = new_params(&view, &start.params, &mut notes);
         self.log_params(&view.id, params).await?;
@@ -129,11 +130,12 @@ impl MlflowSink {
     async fn metrics(&self, metrics: &RunMetricsBody) -> Result<RunView, TrackingError> {
         let began = metrics.points.iter().map(|point| point.at_unix_ms).min().unwrap_or(0);
         let view = self.open(&metrics.run, began, false).await?;
+        self.reopen(&view).await?;
         self.log_points(&view, &metrics.points).await?;
         Ok(view)
     }
 
-    async fn end(&self, end: &RunEndBody) -> Result<RunView, TrackingError> {
+    async fn end(&self, end: &RunEndBody, attempts: u32) -> Result<RunView, TrackingError> {
         let status = match end.status.as_str() {
             "completed" => "FINISHED",
             "failed" => "FAILED",
@@ -141,7 +143,7 @@ impl MlflowSink {
             other => return Err(TrackingError::Delivery { what: format!("{other:?} is no end of a run") }),
         };
         let view = self.open(&end.run, end.at_unix_ms, false).await?;
-        self.log_points(&view, &points::at_end(&end.metrics, end.fitness, end.at_unix_ms)).await?;
+        self.log_points(&view, &points::at_end(end)).await?;
         let (reason, _) = names::cut(&end.reason, names::TAG_CHARS_MAX);
         let mut tags = vec![(REASON, reason.as_str())];
         if !end.fitness_name.is_empty() {
@@ -154,19 +156,19 @@ impl MlflowSink {
         self.drop_twins(&view, &end.run).await?;
         // The tag says that the registry was seen to.
         if self.is_registering && end.status == "completed" && !view.tags.contains_key(REGISTRY) {
-            let said = self.register(&view, end).await?;
+            let said = self.register(&view, end, attempts).await?;
             let (said, _) = names::cut(&said, names::TAG_CHARS_MAX);
             self.tag(&view, &[(REGISTRY, said.as_str())]).await?;
         }
         Ok(view)
     }
 
-    async fn files(&self, files: &FilesBody, at_unix_ms: i64) -> Result<Option<RunView>, TrackingError> {
+    async fn files(&self, files: &FilesBody, delivery: &Delivery) -> Result<Option<RunView>, TrackingError> {
         if files.moment != FilesMoment::End || !self.is_sending_artifacts {
             return Ok(None);
         }
-        let view = self.open(&files.run, at_unix_ms, false).await?;
-        self.send_files(&view, &files.run).await?;
+        let view = self.open(&files.run, delivery.at_unix_ms, false).await?;
+        self.send_files(&view, &files.run, delivery.attempts).await?;
         Ok(Some(view))
     }
 }
@@ -229,7 +231,11 @@ impl Sink for MlflowSink {
 
     async fn begin(&self, live: &[String]) -> Result<(), DeliveryError> {
         let Some(machine_id) = &self.machine_id else { return Ok(()) };
-        let closed = self.reconcile(machine_id, live).await.map_err(DeliveryError::from)?;
+        let answers_before = self.client.answers();
+        let closed = match self.reconcile(machine_id, live).await {
+            Ok(closed) => closed,
+            Err(error) => return Err(self.verdict(error, answers_before).await),
+        };
         if !closed.is_empty() {
             tracing::warn!("mlflow: {} runs that nobody goes on with are closed as KILLED", closed.len());
         }
@@ -237,17 +243,21 @@ impl Sink for MlflowSink {
     }
 
     async fn deliver(&self, delivery: &Delivery) -> Result<Receipt, DeliveryError> {
+        let answers_before = self.client.answers();
         let view = match &delivery.body {
             DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
             DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
-            DeliveryBody::RunEnd(end) => self.end(end).await.map(Some),
-            DeliveryBody::Files(files) => self.files(files, delivery.at_unix_ms).await,
+            DeliveryBody::RunEnd(end) => self.end(end, delivery.attempts).await.map(Some),
+            DeliveryBody::Files(files) => self.files(files, delivery).await,
             DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
                 let what = "the tracking server takes runs, their samples and their files".to_owned();
                 Err(TrackingError::Delivery { what })
             }
         };
-        let view = view.map_err(|error| self.verdict(error, delivery))?;
+        let view = match view {
+            Ok(view) => view,
+            Err(error) => return Err(self.verdict(error, answers_before).await),
+        };
         let notes = view.map(|view| {
             let url = self.page(&view);
             vec![("mlflow_run_id", view.id), ("mlflow_run_url", url)]
@@ -257,20 +267,44 @@ impl Sink for MlflowSink {
 }
 
 impl MlflowSink {
-    /// What a failure means for the delivery.
-    fn verdict(&self, error: TrackingError, delivery: &Delivery) -> DeliveryError {
-        // Rather one lane than all, once it looks as if the server failed at this delivery only.
-        if let TrackingError::Failed { status: 500, .. } = &error
-            && delivery.attempts >= SUSPICIOUS_ATTEMPTS
-        {
-            return DeliveryError::Later { what: error.to_string(), source: None };
+    /// What a failure means: when the server does other things, it holds its own lane only.
+    async fn verdict(&self, error: TrackingError, answers_before: u64) -> DeliveryError {
+        let has_answered = self.client.answers() > answers_before;
+        let is_this_alone = match &error {
+            // What answers so is no tracking server, whatever it says to other questions.
+            TrackingError::Failed { status: 200..=299, .. } => false,
+            TrackingError::Silent { .. } => has_answered,
+            TrackingError::Failed { .. } | TrackingError::Credentials { .. } => {
+                has_answered || self.does_answer().await
+            }
+            _ => false,
+        };
+        match DeliveryError::from(error) {
+            DeliveryError::Outage { what, source } if is_this_alone => DeliveryError::Later { what, source },
+            other => other,
         }
-        error.into()
     }
 }
 
-/// Tries after which a delivery that the server fails at is suspected itself.
-const SUSPICIOUS_ATTEMPTS: u32 = 5;
+/// True when a delivery that failed so `attempts` times is to do without the step at which it failed: a file, or the entry in
+/// the registry. The run itself is told of already.
+fn is_dispensed_with(error: &TrackingError, attempts: u32) -> bool {
+    match error {
+        TrackingError::Refused { .. } | TrackingError::Missing { .. } => true,
+        // A time limit costs its whole time at each try, and others wait for it.
+        TrackingError::Silent { is_late: false, .. }
+        | TrackingError::Failed { status: 408 | 425 | 500.., .. } => attempts >= TRIES_WHILE_IT_FAILS,
+        TrackingError::Silent { .. } | TrackingError::Failed { .. } | TrackingError::Credentials { .. } => {
+            attempts >= TRIES_WHILE_IT_REFUSES
+        }
+        _ => false,
+    }
+}
+
+/// Tries of a step while what is behind the server (a bucket) fails; with the delays, an hour.
+const TRIES_WHILE_IT_FAILS: u32 = 60;
+/// Tries of a step that is forbidden, unknown to the server, or longer than the time limit.
+const TRIES_WHILE_IT_REFUSES: u32 = 3;
 
 #[cfg(test)]
 mod tests {
@@ -287,6 +321,28 @@ mod tests {
         let new = new_params(&view, &given, &mut notes);
         assert_eq!(new, items([("lr0", "0.01"), ("ab", "1")]));
         assert_eq!(notes.tags(), [(CHANGED.to_owned(), "batch: 16 -> 8".to_owned())]);
+    }
+
+    #[test]
+    fn a_step_is_tried_longer_the_less_a_try_costs_and_the_more_it_may_help() {
+        let (operation, said) = ("put artifact", String::new());
+        let failed = |status| TrackingError::Failed { operation, status, said: said.clone() };
+        let silent = |is_late| TrackingError::Silent { operation, limit_s: 30.0, is_late, source: None };
+        let forbidden = TrackingError::Credentials { operation, status: 403, said: said.clone() };
+        let missing = TrackingError::Missing { operation, said: said.clone() };
+        let tries = |error: &TrackingError| (0..100).find(|attempts| is_dispensed_with(error, *attempts));
+        assert_eq!(
+            (tries(&failed(500)), tries(&failed(503)), tries(&silent(false))),
+            (Some(60), Some(60), Some(60))
+        );
+        assert_eq!(
+            (tries(&failed(404)), tries(&forbidden), tries(&silent(true))),
+            (Some(3), Some(3), Some(3))
+        );
+        assert_eq!(tries(&missing), Some(0));
+        // Those that speak of the run or of the server are not for a step to decide.
+        assert_eq!(tries(&TrackingError::Busy { operation, wait_s: 5 }), None);
+        assert_eq!(tries(&TrackingError::Fenced { owner: "b".into(), fence: 2 }), None);
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub enum TrackingError {
         operation: &'static str,
         /// The deadline, seconds.
         limit_s: f64,
+        /// The deadline passed; else the connection ended or was not made.
+        is_late: bool,
         /// Why.
         #[source]
         source: Option<Cause>,

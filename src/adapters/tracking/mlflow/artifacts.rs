@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tokio::io::AsyncReadExt;
 
-use super::MlflowSink;
 use super::runs::RunView;
+use super::{MlflowSink, is_dispensed_with, names};
 use crate::adapters::tracking::TrackingError;
 use crate::job::delivery::RunRef;
 
@@ -15,6 +15,8 @@ pub(super) const ARTIFACTS: &str = "boxwright.artifacts";
 const FILES_MAX: usize = 100;
 /// Bytes of one file.
 const FILE_BYTES_MAX: u64 = 10 << 20;
+/// Files of one delivery at which the server fails before the rest is left out unasked.
+const FAILURES_MAX: u32 = 3;
 /// Entries of a run folder that are looked at.
 const ENTRIES_MAX: usize = 10_000;
 /// Files that are sent beside the pictures.
@@ -79,7 +81,7 @@ fn door(base: &str, artifact_uri: &str) -> Option<String> {
 }
 
 /// An artifact address without what may be a secret (`s3://key:word@host`, `?sig=`).
-fn without_secrets(uri: &str) -> String {
+pub(super) fn without_secrets(uri: &str) -> String {
     let uri = uri.split(['?', '#']).next().unwrap_or_default();
     match uri.split_once("://") {
         Some((scheme, rest)) => {
@@ -92,15 +94,17 @@ fn without_secrets(uri: &str) -> String {
 }
 
 impl MlflowSink {
-    /// Sends the small files of a run folder, or says in a tag where they are.
-    pub(super) async fn send_files(&self, view: &RunView, run: &RunRef) -> Result<(), TrackingError> {
+    /// Sends the small files of a run folder, or says in a tag where they are. After `attempts` that failed, those that the server
+    /// does not take are left out.
+    pub(super) async fn send_files(
+        &self,
+        view: &RunView,
+        run: &RunRef,
+        attempts: u32,
+    ) -> Result<(), TrackingError> {
         let Some(door) = door(self.client.base(), &view.artifact_uri) else {
-            let place = format!("{}/{}/", run.study_name, run.task_id);
-            let place = match &self.store_url {
-                Some(base) => format!("{}/{place}", base.trim_end_matches('/')),
-                None => format!("the object store under {place}"),
-            };
             let uri = without_secrets(&view.artifact_uri);
+            let place = self.place(run);
             let said = format!("not sent: the server takes none for {uri}; they are in {place}");
             return self.tag(view, &[(ARTIFACTS, said.as_str())]).await;
         };
@@ -109,17 +113,26 @@ impl MlflowSink {
         let listed = tokio::task::spawn_blocking(move || files(&folder)).await;
         let (chosen, mut left_out) =
             listed.map_err(|error| unreadable(std::io::Error::other(error)))?.map_err(unreadable)?;
-        let mut sent = 0;
+        let (mut sent, mut failures, mut trouble) = (0, 0, None);
         for (name, path) in chosen {
+            if failures >= FAILURES_MAX {
+                left_out += 1;
+                continue;
+            }
             match contents(&path).await {
                 Ok(Some(bytes)) => {
                     let put = self.client.put(&format!("{door}/{}", escaped(&name)), bytes).await;
                     match put {
                         Ok(()) => sent += 1,
                         // One picture less is no reason to lose the others.
-                        Err(error @ (TrackingError::Refused { .. } | TrackingError::Missing { .. })) => {
+                        Err(error) if is_dispensed_with(&error, attempts) => {
                             tracing::warn!(task_id = %run.task_id, file = name, %error, "a file was not taken");
                             left_out += 1;
+                            if !matches!(error, TrackingError::Refused { .. } | TrackingError::Missing { .. })
+                            {
+                                failures += 1;
+                            }
+                            trouble = Some(format!("{name}: {error}; they are in {}", self.place(run)));
                         }
                         Err(error) => return Err(error),
                     }
@@ -131,9 +144,20 @@ impl MlflowSink {
         }
         let mut said = format!("{sent} files sent");
         if left_out > 0 {
-            said.push_str(&format!(", {left_out} left out (refused, or beyond {FILES_MAX} files of 10 MiB)"));
+            let why = trouble.unwrap_or_else(|| format!("beyond {FILES_MAX} files of 10 MiB"));
+            said.push_str(&format!(", {left_out} left out ({why})"));
         }
+        let (said, _) = names::cut(&said, names::TAG_CHARS_MAX);
         self.tag(view, &[(ARTIFACTS, said.as_str())]).await
+    }
+
+    /// Where the files of a run are besides, for people.
+    fn place(&self, run: &RunRef) -> String {
+        let place = format!("{}/{}/", run.study_name, run.task_id);
+        match &self.store_url {
+            Some(base) => format!("{}/{place}", base.trim_end_matches('/')),
+            None => format!("the object store under {place}"),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Requests to the server: deadlines, credentials, and what its answers mean.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ pub(super) struct Client {
     deadline: Duration,
     /// Nothing is asked before.
     not_before: Mutex<Option<Instant>>,
+    /// Answers so far that only a tracking server that works gives.
+    answers: AtomicU64,
 }
 
 fn config_error(what: String, source: Option<Box<dyn std::error::Error + Send + Sync>>) -> TrackingError {
@@ -132,7 +135,8 @@ impl Client {
         }
         let http =
             builder.build().map_err(|error| config_error("no client for it".into(), Some(error.into())))?;
-        Ok(Self { http, base, login, deadline: DEADLINE, not_before: Mutex::new(None) })
+        let (not_before, answers) = (Mutex::new(None), AtomicU64::new(0));
+        Ok(Self { http, base, login, deadline: DEADLINE, not_before, answers })
     }
 
     pub(super) fn set_deadline(&mut self, deadline: Duration) {
@@ -144,6 +148,11 @@ impl Client {
         &self.base
     }
 
+    /// How often the server answered as one that works does: it did what was asked, or said in its own words why not.
+    pub(super) fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
+    }
+
     /// Asks `GET /api/2.0/mlflow/{operation}`.
     pub(super) async fn get(
         &self,
@@ -151,15 +160,24 @@ impl Client {
         query: &[(&str, &str)],
     ) -> Result<Json, TrackingError> {
         let url = format!("{}/api/2.0/mlflow/{operation}", self.base);
-        let answer = self.send(operation, self.http.request(Method::GET, url).query(query)).await?;
-        self.read(operation, answer).await
+        self.ask(operation, self.http.request(Method::GET, url).query(query)).await
     }
 
     /// Asks `POST /api/2.0/mlflow/{operation}`.
     pub(super) async fn post(&self, operation: &'static str, body: &Json) -> Result<Json, TrackingError> {
         let url = format!("{}/api/2.0/mlflow/{operation}", self.base);
-        let answer = self.send(operation, self.http.request(Method::POST, url).json(body)).await?;
-        self.read(operation, answer).await
+        self.ask(operation, self.http.request(Method::POST, url).json(body)).await
+    }
+
+    async fn ask(&self, operation: &'static str, request: RequestBuilder) -> Result<Json, TrackingError> {
+        let answer = match self.send(operation, request).await {
+            Ok(answer) => self.read(operation, answer).await,
+            Err(error) => Err(error),
+        };
+        if matches!(answer, Ok(_) | Err(TrackingError::Missing { .. } | TrackingError::Refused { .. })) {
+            self.answers.fetch_add(1, Ordering::Relaxed);
+        }
+        answer
     }
 
     /// Puts a file to `url`, which must lie on this server.
@@ -202,8 +220,9 @@ impl Client {
 
     fn silent(&self, operation: &'static str, error: reqwest::Error) -> TrackingError {
         let limit = if error.is_connect() { self.deadline.min(CONNECT_LIMIT) } else { self.deadline };
+        let is_late = error.is_timeout();
         let source = Some(error.without_url().into());
-        TrackingError::Silent { operation, limit_s: limit.as_secs_f64(), source }
+        TrackingError::Silent { operation, limit_s: limit.as_secs_f64(), is_late, source }
     }
 
     async fn failure(&self, operation: &'static str, answer: Response) -> TrackingError {

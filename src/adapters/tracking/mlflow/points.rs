@@ -8,13 +8,13 @@
 
 use std::collections::{HashMap, HashSet};
 
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Value as Json, json};
 
 use super::MlflowSink;
 use super::names;
 use super::runs::{Latest, RunView};
 use crate::adapters::tracking::TrackingError;
-use crate::job::delivery::MetricPoint;
+use crate::job::delivery::{MetricPoint, RunEndBody};
 
 /// Points of one request.
 const POINTS_MAX: usize = 1000;
@@ -54,11 +54,11 @@ fn fresh(points: &[MetricPoint], latest: &HashMap<String, Latest>) -> Vec<Json> 
 
 /// The last metrics of a run under their usual names and under the older workers' names for the end.
 ///
-/// Only names with a slash are metrics; `epoch` is the step of all of them.
-pub(super) fn at_end(metrics: &Map<String, Json>, fitness: Option<f64>, at_unix_ms: i64) -> Vec<MetricPoint> {
-    let step = metrics.get("epoch").and_then(Json::as_f64).map_or(0, |epoch| epoch as i64);
+/// Only names with a slash are metrics; the number of epochs is the step of all of them, 0 where none were trained.
+pub(super) fn at_end(end: &RunEndBody) -> Vec<MetricPoint> {
+    let (at_unix_ms, step) = (end.at_unix_ms, end.epochs.map_or(0, i64::from));
     let point = |key: String, value: f64| MetricPoint { key, value, at_unix_ms, step };
-    let measured = metrics.iter().filter(|(key, _)| key.contains('/'));
+    let measured = end.metrics.iter().filter(|(key, _)| key.contains('/'));
     let measured = measured.filter_map(|(key, value)| Some((key, value.as_f64()?)));
     let mut points = Vec::new();
     let mut slugs = HashSet::new();
@@ -68,7 +68,7 @@ pub(super) fn at_end(metrics: &Map<String, Json>, fitness: Option<f64>, at_unix_
             points.push(point(slug, value));
         }
     }
-    points.extend(fitness.map(|fitness| point("fitness".to_owned(), fitness)));
+    points.extend(end.fitness.map(|fitness| point("fitness".to_owned(), fitness)));
     points
 }
 
@@ -86,6 +86,7 @@ impl MlflowSink {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::delivery::RunRef;
 
     fn point(key: &str, value: f64, step: i64, at_unix_ms: i64) -> MetricPoint {
         MetricPoint { key: key.to_owned(), value, at_unix_ms, step }
@@ -124,13 +125,24 @@ mod tests {
 
     #[test]
     fn the_end_has_both_names() {
-        let row: Map<String, Json> = serde_json::from_str(
-            r#"{"epoch": 3, "time": 9.5, "metrics/mAP50-95(B)": 0.25, "val/box_loss": null}"#,
-        )
-        .expect("an object");
-        let points = at_end(&row, Some(0.3), 7);
+        let row = json!({"time": 9.5, "metrics/mAP50-95(B)": 0.25, "val/box_loss": null});
+        let mut end = RunEndBody {
+            run: RunRef::sample("i"),
+            status: "completed".into(),
+            reason: String::new(),
+            at_unix_ms: 7,
+            metrics: row.as_object().expect("an object").clone(),
+            epochs: Some(3),
+            fitness: Some(0.3),
+            fitness_name: String::new(),
+            best_url: None,
+            val_fingerprint: None,
+        };
+        let points = at_end(&end);
         let keys: Vec<&str> = points.iter().map(|point| point.key.as_str()).collect();
         assert_eq!(keys, ["metrics/mAP50-95(B)", "metrics-map50-95-b", "fitness"]);
         assert!(points.iter().all(|point| point.step == 3 && point.at_unix_ms == 7));
+        end.epochs = None;
+        assert!(at_end(&end).iter().all(|point| point.step == 0), "an evaluation");
     }
 }

@@ -4,12 +4,14 @@ use serde_json::{Value as Json, json};
 
 use super::MlflowSink;
 use super::names;
-use super::runs::{INSTANCE, MACHINE, items, pairs};
+use super::runs::{INSTANCE, MACHINE, RunView, items, pairs};
 use crate::adapters::tracking::TrackingError;
 use crate::job::clock;
 
 /// Tag of a run: why it ended.
 pub(super) const REASON: &str = "boxwright.reason";
+/// How the reason ends of a run that was closed because its machine knows of no such job.
+const FORGOTTEN: &str = "started anew and knows no such job that goes on";
 /// Entries of a page.
 const PAGE_MAX: usize = 500;
 /// Pages that are read of each list.
@@ -48,13 +50,54 @@ impl MlflowSink {
                 if live_instances.contains(&instance) {
                     continue;
                 }
-                let reason = format!("{machine_id} started anew and knows no such job that goes on");
-                self.log_tags(id, items([(REASON, reason.as_str())])).await?;
-                self.set_status(id, "KILLED", Some(clock::now_unix_ms())).await?;
-                closed.push(id.to_owned());
+                match self.close_forgotten(id, &format!("{machine_id} {FORGOTTEN}")).await {
+                    Ok(()) => closed.push(id.to_owned()),
+                    Err(error @ (TrackingError::Silent { .. } | TrackingError::Busy { .. })) => {
+                        return Err(error);
+                    }
+                    // One that may not be changed is no reason to leave the others open.
+                    Err(error) => {
+                        tracing::warn!(run_id = id, %error, "a run that nobody goes on with stays open")
+                    }
+                }
             }
         }
         Ok(closed)
+    }
+
+    async fn close_forgotten(&self, run_id: &str, reason: &str) -> Result<(), TrackingError> {
+        self.log_tags(run_id, items([(REASON, reason)])).await?;
+        self.set_status(run_id, "KILLED", Some(clock::now_unix_ms())).await
+    }
+
+    /// Sets a run `RUNNING` again that was closed as forgotten, since its job does go on: another service has the name of this
+    /// machine.
+    pub(super) async fn reopen(&self, view: &RunView) -> Result<(), TrackingError> {
+        if is_forgotten(view) && view.status == "KILLED" {
+            self.set_status(&view.id, "RUNNING", None).await?;
+        }
+        self.unmark(view).await
+    }
+
+    /// Removes the reason of a run that was closed as forgotten.
+    pub(super) async fn unmark(&self, view: &RunView) -> Result<(), TrackingError> {
+        if !is_forgotten(view) {
+            return Ok(());
+        }
+        match self.client.post("runs/delete-tag", &json!({ "run_id": view.id, "key": REASON })).await {
+            // Somebody else was faster.
+            Ok(_) | Err(TrackingError::Missing { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// True when the server answers a question about nothing in particular.
+    pub(super) async fn does_answer(&self) -> bool {
+        let answer = self.client.post("experiments/search", &json!({ "max_results": 1 })).await;
+        let is_list = |answer: Json| {
+            answer["experiments"].is_array() || answer.as_object().is_some_and(serde_json::Map::is_empty)
+        };
+        answer.is_ok_and(is_list)
     }
 
     async fn experiments(&self) -> Result<Vec<String>, TrackingError> {
@@ -83,4 +126,9 @@ impl MlflowSink {
         }
         Ok(all)
     }
+}
+
+/// True for a run that was closed because its machine knew of no such job.
+fn is_forgotten(view: &RunView) -> bool {
+    view.tags.get(REASON).is_some_and(|reason| reason.ends_with(FORGOTTEN))
 }

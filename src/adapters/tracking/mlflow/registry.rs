@@ -8,9 +8,8 @@ use std::collections::HashMap;
 
 use serde_json::json;
 
-use super::MlflowSink;
-use super::names;
 use super::runs::{INSTANCE, RunView, items, pairs};
+use super::{MlflowSink, is_dispensed_with, names};
 use crate::adapters::tracking::TrackingError;
 use crate::job::delivery::{RunEndBody, RunRef};
 
@@ -45,18 +44,22 @@ impl Score {
 }
 
 impl MlflowSink {
-    /// Enters a completed run and says what was done; a registry that refuses is no failure of the run.
-    pub(super) async fn register(&self, view: &RunView, end: &RunEndBody) -> Result<String, TrackingError> {
+    /// Enters a completed run and says what was done; a registry that refuses, or has failed at `attempts` and fails
+    /// again, is no failure of the run.
+    pub(super) async fn register(
+        &self,
+        view: &RunView,
+        end: &RunEndBody,
+        attempts: u32,
+    ) -> Result<String, TrackingError> {
         let Some(url) = &end.best_url else {
             return Ok("not registered: its best weights are in no store".to_owned());
         };
         match self.enter(view, end, url).await {
             Ok(said) => Ok(said),
-            Err(
-                error @ (TrackingError::Refused { .. }
-                | TrackingError::Missing { .. }
-                | TrackingError::Delivery { .. }),
-            ) => {
+            Err(error)
+                if matches!(error, TrackingError::Delivery { .. }) || is_dispensed_with(&error, attempts) =>
+            {
                 tracing::warn!(task_id = %end.run.task_id, %error, "the run is not entered in the model registry");
                 Ok(format!("not registered: {error}"))
             }
