@@ -76,7 +76,7 @@ pub async fn manifest(store: &dyn ObjectStore) -> Manifest {
     let mut named: Vec<String> = manifest.files.iter().map(|file| file.key.clone()).collect();
     named.push(at.as_str().to_owned());
     named.sort();
-    let there = store.list(&bucket("models"), &format!("{prefix}/"), 1000).await.expect("listed");
+    let there = store.list(&bucket("models"), &format!("{prefix}/"), 1000).await.expect("listed").entries;
     assert_eq!(there.iter().map(|entry| entry.key.as_str()).collect::<Vec<_>>(), named);
     manifest
 }

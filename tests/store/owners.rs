@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use boxwright::adapters::sink::DeliveryError;
 use boxwright::adapters::store::archive::{Claimed, Manifest, Role, StoreSink, claim};
 use boxwright::adapters::store::{
-    BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, StoreError,
-    Versioned, found,
+    BucketName, Content, Expected, Listed, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore,
+    StoreError, Versioned, found,
 };
 use boxwright::job::delivery::{FilesBody, FilesMoment};
 use boxwright::job::service::StoreConfig;
@@ -119,12 +119,7 @@ impl ObjectStore for Between {
     ) -> Result<Versioned, StoreError> {
         self.inner.get_versioned(bucket, key, bytes_max).await
     }
-    async fn list(
-        &self,
-        bucket: &BucketName,
-        prefix: &str,
-        items_max: usize,
-    ) -> Result<Vec<ObjectEntry>, StoreError> {
+    async fn list(&self, bucket: &BucketName, prefix: &str, items_max: usize) -> Result<Listed, StoreError> {
         self.inner.list(bucket, prefix, items_max).await
     }
     async fn delete(&self, bucket: &BucketName, key: &ObjectKey) -> Result<(), StoreError> {
@@ -145,8 +140,8 @@ impl ObjectStore for Between {
 /// Every object of the bucket of runs with its mark, and whether something was promoted.
 async fn everything(store: &dyn ObjectStore) -> (Vec<ObjectEntry>, bool) {
     let promoted = store.list(&bucket("better-models"), "", 99).await;
-    let promoted = found(promoted).expect("answers").is_some_and(|list| !list.is_empty());
-    (store.list(&bucket("models"), "", 999).await.expect("listed"), promoted)
+    let promoted = found(promoted).expect("answers").is_some_and(|list| !list.entries.is_empty());
+    (store.list(&bucket("models"), "", 999).await.expect("listed").entries, promoted)
 }
 
 fn is_fenced<T: std::fmt::Debug>(delivered: &Result<T, DeliveryError>) -> bool {
@@ -212,7 +207,7 @@ async fn claiming(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
     );
     let late = deliver(&sink, other(1)).await;
     assert!(is_fenced(&late), "{late:?}");
-    assert_eq!(store.list(&models, "plants/task-2/", 9).await.expect("listed").len(), 1);
+    assert_eq!(store.list(&models, "plants/task-2/", 9).await.expect("listed").entries.len(), 1);
     deliver(&sink, other(2)).await.expect("delivered");
 }
 
@@ -258,7 +253,7 @@ async fn straddling(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
         assert!(between.happened(), "{moment:?}");
         assert!(matches!(late, Err(DeliveryError::Fenced { .. })), "{moment:?}: {late:?}");
         let prefix = "plants/task-1/";
-        let there = store.list(&bucket("models"), prefix, 999).await.expect("listed");
+        let there = store.list(&bucket("models"), prefix, 999).await.expect("listed").entries;
         let has = |end: &str| there.iter().any(|entry| entry.key.as_str().ends_with(end));
         // What had begun is there; no large file that comes after it is.
         let is_early = matches!(moment, Moment::File(end) | Moment::FileSent(end) if end.contains("best"));

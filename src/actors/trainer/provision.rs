@@ -13,7 +13,7 @@ use crate::actors::endings::Ending;
 use crate::actors::outgoing::run_of;
 use crate::adapters::store::archive::claim;
 use crate::adapters::store::restore::{Restored, restore};
-use crate::adapters::store::stage::{dataset_ref, stage};
+use crate::adapters::store::stage::{InUse, dataset_ref, stage};
 use crate::adapters::store::{BucketName, ObjectStore, StoreError};
 use crate::job::delivery::is_shared_instance;
 use crate::job::record::JobRecord;
@@ -49,6 +49,8 @@ pub(super) struct Provided {
     /// The dataset's place on this machine, when it came from the store.
     pub(super) data: Option<String>,
 }
+    /// Keeps that dataset as it is; to be held until the process has ended.
+    pub(super) in_use: Option<InUse>,
 
 /// Brings what is missing; an order ends it at once.
 pub(super) async fn provide(
@@ -135,7 +137,9 @@ async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> 
         return Ok(Provided::default());
     };
     let began = Instant::now();
-    let staged = stage(&*supply.store, &supply.datasets_dir, &dataset).await.map_err(refused)?;
+    let user = format!("the job {}", record.task_id);
+    let staged = stage(&*supply.store, &supply.datasets_dir, &dataset, &user).await;
+    let (staged, in_use) = staged.map_err(refused)?;
     tracing::info!(
         task_id = %record.task_id,
         "the dataset {} is at {} ({} objects fetched in {:.1} s)",
@@ -144,7 +148,7 @@ async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> 
         staged.fetched,
         began.elapsed().as_secs_f64()
     );
-    Ok(Provided { data: Some(staged.path.to_string_lossy().into_owned()) })
+    Ok(Provided { data: Some(staged.path.to_string_lossy().into_owned()), in_use: Some(in_use) })
 }
 
 /// Claims the run in the store and brings its folder back. A store that stays silent is waited for only when the work of

@@ -212,7 +212,8 @@ impl StoreSink {
                 let path = key.strip_prefix(prefix.as_str()).and_then(|path| path.strip_prefix('/'));
                 path.and_then(checkpoint_iteration).is_some_and(|iteration| iteration < newest)
             };
-            let keys = listed.unwrap_or_default().into_iter().map(|entry| entry.key.as_str().to_owned());
+            let keys =
+                listed.unwrap_or_default().entries.into_iter().map(|entry| entry.key.as_str().to_owned());
             unnamed.extend(keys.filter(|key| is_older(key)));
         }
         unnamed.sort();
