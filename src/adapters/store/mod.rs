@@ -70,6 +70,16 @@ pub enum Expected<'a> {
     Anything,
 }
 
+impl<'a> Expected<'a> {
+    /// What was seen at the key: it has to be there still.
+    pub fn of(seen: Option<&'a Versioned>) -> Self {
+        match seen {
+            None => Self::Nothing,
+            Some(object) => object.version.as_deref().map_or(Self::Anything, Self::Version),
+        }
+    }
+}
+
 /// A store of objects. Every method may be called again after any failure. An object is there whole or not at all.
 #[async_trait]
 pub trait ObjectStore: Send + Sync {
