@@ -188,6 +188,7 @@ fn files(
     let epochs = record.result.as_ref().and_then(|result| result["epochs"].as_u64());
     let body = FilesBody {
         run: run_ref(config, record),
+        continues: record.continued().map(|continued| continued.instances).unwrap_or_default(),
         moment,
         status: if is_end { record.state.to_string() } else { "running".to_owned() },
         // What the checkpoint that is sent says of itself counts more: it may be a newer one by then.
@@ -341,6 +342,7 @@ mod tests {
             run_dir,
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         journal.accept(new, None).expect("accepted")
     }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, WrapFuture};
 use serde_json::{Map, Value as Json};
 
-use progress::{log_event, merge_progress, step_samples};
+use progress::{kept_progress, log_event, merge_progress, step_samples};
 
 pub use fleet::{DRAINED_FLAG, FleetHeard, GiveBack, HowDoYouStand, ShutFleet, Standing, Surrender, drained};
 pub use messages::{
@@ -254,7 +254,8 @@ impl Supervisor {
             bay.trainer.do_send(Start { record: Box::new(record.clone()), gpu: bay.slot.as_gpu().cloned() });
             let progress_saved = Instant::now();
             let (samples, sampled) = (Vec::new(), None);
-            bay.busy = Some(Busy { record, progress: Map::new(), progress_saved, samples, sampled });
+            let progress = kept_progress(&record);
+            bay.busy = Some(Busy { record, progress, progress_saved, samples, sampled });
         }
         self.publish(ctx);
     }

@@ -16,6 +16,12 @@ pub(in crate::actors) fn prepare_log(record: &JobRecord) {
     );
 }
 
+/// What an attempt begins with: that a checkpoint was made stays true.
+pub(super) fn kept_progress(record: &JobRecord) -> Map<String, Json> {
+    let checkpoint = record.progress.as_ref().and_then(|progress| progress.get("last_checkpoint"));
+    checkpoint.map(|checkpoint| ("last_checkpoint".to_owned(), checkpoint.clone())).into_iter().collect()
+}
+
 /// Keeps the last word of each kind that a status shows.
 pub(super) fn merge_progress(progress: &mut Map<String, Json>, kind: &str, event: &Json) {
     let Some(fields) = event.as_object() else { return };

@@ -287,6 +287,7 @@ mod tests {
     fn body(instance: &str, machine: &str, fence: u64) -> FilesBody {
         FilesBody {
             run: RunRef { fence, machine_id: machine.into(), ..RunRef::sample(instance) },
+            continues: Vec::new(),
             moment: FilesMoment::Checkpoint,
             status: "running".into(),
             epoch: 1,

@@ -150,7 +150,7 @@ impl StoreSink {
             // Whoever took the run over meanwhile wrote a manifest of its own.
             let there = self.there(prefix).await?;
             there.fence(&body.run)?;
-            let same_run = there.manifest.as_ref().filter(|old| old.instance == body.run.instance);
+            let same_run = there.manifest.as_ref().filter(|old| body.is_of(&old.instance));
             let parent = same_run.and(there.sha256.clone());
             let mut manifest = Manifest::of(body, parent, now_unix_ms());
             if let Some(position) = sent.position {
