@@ -113,14 +113,15 @@ fn the_job_it_writes_trains_and_is_what_the_next_one_starts_from() {
     assert!(written.status.success(), "{}", text(&written.stderr));
     let job = std::fs::read_to_string(root.join("job.yaml")).expect("written");
     assert!(job.contains("\n# imgsz: ") && job.contains("\n  epochs: 300\n"), "{job}");
-    assert!(job.contains("\n  device: \"cpu\"\n") && job.contains("task_id: set_balanced\n"), "{job}");
+    assert!(job.contains("\n  device: \"cpu\"\n") && job.contains("task_id: set_balanced_"), "{job}");
+    let task_id = job.lines().find_map(|line| line.strip_prefix("task_id: ")).expect("an id");
     let short = format!("{}  workers: 1\n  plots: false\n", job.replace("epochs: 300", "epochs: 1"));
     std::fs::create_dir(root.join("configs")).expect("made");
     std::fs::write(root.join("configs/job.yaml"), short).expect("written");
     let ran = boxwright(root, &["run", "configs", "--once", "--state-dir", "state"]);
     assert!(ran.status.success(), "{}\n{}", text(&ran.stdout), text(&ran.stderr));
 
-    let status = boxwright(root, &["status", "set_balanced", "--json", "--state-dir", "state"]);
+    let status = boxwright(root, &["status", task_id, "--json", "--state-dir", "state"]);
     let status: Json = serde_json::from_slice(&status.stdout).expect("JSON");
     assert_eq!(status["state"], "completed");
     let known = answer(root, &[]);
@@ -130,10 +131,15 @@ fn the_job_it_writes_trains_and_is_what_the_next_one_starts_from() {
         assert_eq!(&status["result"][name], of_data, "{name}");
     }
     let warm = &known["recommendation"]["warm_start"];
-    assert_eq!(warm["task_id"], "set_balanced", "{known}");
+    assert_eq!(warm["task_id"], task_id, "{known}");
     assert_eq!(warm["weights"], status["result"]["best"]);
     assert_eq!(known["recommendation"]["epochs"], 150);
-    assert!(known["job"].as_str().expect("a job").contains("pretrained: "));
+    let next = known["job"].as_str().expect("a job");
+    assert!(next.contains("pretrained: "));
+    assert!(
+        !next.contains(task_id),
+        "it would replace what is stored of the job that it starts from: {next}"
+    );
     // The cache was asked before the run; a new run is a new question.
     assert_eq!(cache(&known), ["hit", "miss"]);
     let checked =

@@ -365,6 +365,7 @@ mod tests {
             content_sha256: "0".into(),
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         let mut record = journal.accept(new.clone(), None).expect("accepted");
         let killed = || Ending::Failed { class: FailureClass::Killed, reason: "gone".into() };

@@ -113,6 +113,7 @@ pub fn decide(
         reason: "waits for the next round of scheduling".to_owned(),
         spec,
         shared: submission.shared.clone(),
+        continues: None,
     };
     let task_id = job.spec.task_id.clone();
     let kept = submission.keep_verdict.then(|| entry(submission, hash.clone(), true, Some(&job), verdict));

@@ -205,6 +205,7 @@ fn files(
     let is_end = moment == FilesMoment::End;
     let body = FilesBody {
         run: run_ref(config, record),
+        continues: record.continued().map(|continued| continued.instances).unwrap_or_default(),
         moment,
         status: if is_end { record.state.to_string() } else { "running".to_owned() },
         // What the checkpoint that is sent says of itself counts more: it may be a newer one by then.
@@ -362,6 +363,7 @@ mod tests {
             run_dir,
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         journal.accept(new, None).expect("accepted")
     }

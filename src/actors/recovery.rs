@@ -99,6 +99,7 @@ mod tests {
             run_dir,
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         let record = journal.accept(new, None).expect("accepted");
         journal.begin_attempt(record.seq, "starts").expect("legal");

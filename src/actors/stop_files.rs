@@ -82,6 +82,7 @@ mod tests {
             content_sha256: "0".into(),
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         let record = journal.accept(new, None).expect("accepted");
         let after = record.accepted_unix_ms + 5;

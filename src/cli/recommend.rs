@@ -80,11 +80,12 @@ pub fn run(args: Args) -> Result<ExitCode, CliError> {
     let history = history(&config, &described.metadata)?;
     let answer = answer(&args, &options, &described.metadata, &history, second)?;
     let data = std::path::absolute(&args.data).unwrap_or_else(|_| args.data.clone());
+    let of = (data.as_path(), described.metadata.fingerprint.as_str());
     let device = args.device.and_then(device_word);
     if let Some(path) = &args.write {
-        write_new(path, &job::yaml(&data, &answer.recommended, device.as_deref(), true))?;
+        write_new(path, &job::yaml(of, &answer.recommended, device.as_deref(), true))?;
     }
-    let plain = job::yaml(&data, &answer.recommended, device.as_deref(), false);
+    let plain = job::yaml(of, &answer.recommended, device.as_deref(), false);
     if args.json {
         print_json(&args, &described, &answer, &plain);
     } else {

@@ -216,6 +216,9 @@ pub enum FilesMoment {
 pub struct FilesBody {
     /// The run.
     pub run: RunRef,
+    /// Earlier submissions that it goes on from, newest first: what was stored of them is what was stored of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub continues: Vec<String>,
     /// When.
     pub moment: FilesMoment,
     /// `running`, `completed`, `failed` or `cancelled`.
@@ -232,6 +235,13 @@ pub struct FilesBody {
     pub fitness_name: String,
     /// Identity of the validation images, when known: weights are compared on the same ones only.
     pub val_fingerprint: Option<String>,
+}
+
+impl FilesBody {
+    /// True when what was stored under this instance is an earlier state of the same run.
+    pub fn is_of(&self, instance: &str) -> bool {
+        self.run.instance == instance || self.continues.iter().any(|earlier| earlier == instance)
+    }
 }
 
 /// A run begins (or goes on: the same instance is the same run).

@@ -83,6 +83,50 @@ impl JobRecord {
     pub fn attempts_all(&self) -> u32 {
         self.attempts_before + self.attempts
     }
+
+    /// What it goes on from; `None` for a job that was submitted.
+    pub fn continued(&self) -> Option<Continued> {
+        serde_json::from_str(self.notes.get(CONTINUES)?).ok()
+    }
+
+    /// True when a checkpoint was made under this very record, on this machine.
+    pub fn has_made_checkpoint(&self) -> bool {
+        self.progress.as_ref().is_some_and(|progress| progress["last_checkpoint"].is_object())
+    }
+}
+
+/// The note of a record that holds [`Continued`], as JSON.
+pub const CONTINUES: &str = "continues";
+/// Earlier submissions that are remembered.
+const CONTINUED_MAX: usize = 8;
+
+/// The run that a resumed job goes on from: a submission of its own, with a result of its own, in the same run folder and
+/// over the same stored files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Continued {
+    /// The earlier submissions, newest first. The last of them that stored something is the one that the store knows.
+    pub instances: Vec<String>,
+    /// True when a checkpoint of it was made on this machine.
+    pub has_checkpoint: bool,
+    /// True when other machines worked on it, which may have made one.
+    pub was_elsewhere: bool,
+}
+
+impl Continued {
+    /// What goes on from this record.
+    pub fn from(record: &JobRecord) -> Self {
+        let earlier = record.continued();
+        let (had_checkpoint, was_elsewhere) = earlier
+            .as_ref()
+            .map_or((false, false), |earlier| (earlier.has_checkpoint, earlier.was_elsewhere));
+        let earlier = earlier.map(|earlier| earlier.instances).unwrap_or_default();
+        let instances = std::iter::once(record.instance.clone()).chain(earlier).take(CONTINUED_MAX);
+        Self {
+            instances: instances.collect(),
+            has_checkpoint: had_checkpoint || record.has_made_checkpoint(),
+            was_elsewhere: was_elsewhere || record.attempts_before > 0,
+        }
+    }
 }
 
 /// Where a job can run.
@@ -140,6 +184,8 @@ pub struct NewJob {
     pub reason: String,
     /// How it is known to other machines; `None` for a job of this machine alone.
     pub shared: Option<SharedJob>,
+    /// What it goes on from; `None` for one that begins.
+    pub continues: Option<Continued>,
 }
 
 /// A job that came from a queue that machines share.

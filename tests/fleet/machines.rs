@@ -100,7 +100,7 @@ fn a_machine_that_is_cut_off_changes_nothing_in_the_store_from_the_takeover_on()
         // The small S3 server shows half of what is being written.
         serde_json::from_slice(&text).ok()
     };
-    let objects = || runtime.block_on(store.list(&models, "default/a/", 1000)).expect("listed");
+    let objects = || runtime.block_on(store.list(&models, "default/a/", 1000)).expect("listed").entries;
 
     cut.start();
     park.push(&[("config", &stub_job("a", "steps=300,pause=0.05"))]);

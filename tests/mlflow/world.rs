@@ -106,6 +106,7 @@ pub fn ended(run: &RunRef, status: &str, at_unix_ms: i64, last_epoch: i64) -> De
 
 pub fn files(run: &RunRef, moment: FilesMoment) -> Delivery {
     wrap(DeliveryBody::Files(FilesBody {
+        continues: Vec::new(),
         run: run.clone(),
         moment,
         status: "completed".into(),

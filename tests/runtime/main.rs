@@ -10,5 +10,6 @@ mod intake;
 mod lifecycle;
 mod pruning;
 mod real;
+mod resuming;
 mod storage;
 mod world;

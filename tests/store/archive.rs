@@ -35,6 +35,7 @@ pub fn body(run: &Path, instance: &str, fence: u64, moment: FilesMoment) -> File
             fence,
             machine_id: format!("machine-{fence}"),
         },
+        continues: Vec::new(),
         moment,
         status: if moment == FilesMoment::End { "completed" } else { "running" }.into(),
         epoch: 4,
@@ -76,7 +77,7 @@ pub async fn manifest(store: &dyn ObjectStore) -> Manifest {
     let mut named: Vec<String> = manifest.files.iter().map(|file| file.key.clone()).collect();
     named.push(at.as_str().to_owned());
     named.sort();
-    let there = store.list(&bucket("models"), &format!("{prefix}/"), 1000).await.expect("listed");
+    let there = store.list(&bucket("models"), &format!("{prefix}/"), 1000).await.expect("listed").entries;
     assert_eq!(there.iter().map(|entry| entry.key.as_str()).collect::<Vec<_>>(), named);
     manifest
 }
@@ -255,7 +256,7 @@ async fn restoring(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
     let (here, there) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
     let run = here.path();
     let back = async |to: &Path, instance: &str| {
-        restore(store.as_ref(), &models, "plants", "task-1", instance, to).await
+        restore(store.as_ref(), &models, "plants", "task-1", &[instance], to).await
     };
     store.prepare(&models).await.expect("prepared");
     assert_eq!(back(there.path(), "i1").await.expect("answers"), None);
@@ -315,7 +316,7 @@ async fn restoring(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
     store.delete(&models, &key("plants/task-1/state/step-000000030.ckpt")).await.expect("deleted");
     let empty = tempfile::tempdir().expect("a folder");
     let restored = back(empty.path(), "i1").await.expect("answers").expect("restored");
-    assert_eq!((restored.checkpoint, restored.problems.len()), (None, 2));
+    assert_eq!((restored.checkpoint, restored.problems.len(), restored.is_lost), (None, 2, true));
     // A manifest that cannot be read is said, not taken for none.
     store.put_bytes(&models, &key("plants/task-1/manifest.json"), b"{".to_vec()).await.expect("stored");
     let broken = back(empty.path(), "i1").await;

@@ -22,7 +22,7 @@ async fn contract(store: &dyn ObjectStore, part_bytes: usize) {
     }
     assert!(matches!(store.head(&models, &key("a")).await, Err(StoreError::Missing { .. })));
     assert_eq!(found(store.get_bytes(&models, &key("a/b"), 10).await).expect("answers"), None);
-    assert_eq!(store.list(&models, "", 9).await.expect("listed"), []);
+    assert_eq!(store.list(&models, "", 9).await.expect("listed").entries, []);
     store.delete(&models, &key("a/b")).await.expect("nothing to delete");
 
     // Small, empty, exactly a part, more than a part, more than two; odd names; twice, and replaced.
@@ -80,7 +80,7 @@ async fn contract(store: &dyn ObjectStore, part_bytes: usize) {
     let names = |prefix: &'static str| {
         let models = models.clone();
         async move {
-            let listed = store.list(&models, prefix, 100).await.expect("listed");
+            let listed = store.list(&models, prefix, 100).await.expect("listed").entries;
             assert!(listed.iter().all(|entry| entry.bytes == entry.key.as_str().len() as u64));
             assert!(listed.iter().all(|entry| !entry.etag.is_empty()));
             listed.into_iter().map(|entry| entry.key.as_str().to_owned()).collect::<Vec<_>>()
@@ -197,7 +197,7 @@ async fn long_lists_come_in_pages() {
     for number in 0..1_050 {
         store.put_bytes(&models, &key(&format!("p/{number:05}")), vec![b'x']).await.expect("stored");
     }
-    let listed = store.list(&models, "p/", 5_000).await.expect("listed");
+    let listed = store.list(&models, "p/", 5_000).await.expect("listed").entries;
     assert_eq!(listed.len(), 1_050);
     assert!(listed.is_sorted());
 }

@@ -5,6 +5,7 @@
 mod s3;
 
 mod archive;
+mod continued;
 mod contract;
 mod faults;
 mod owners;

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use boxwright::adapters::sink::DeliveryError;
-use boxwright::adapters::store::archive::{Claimed, Manifest, Role, StoreSink, claim};
+use boxwright::adapters::store::archive::{Claimed, Manifest, Pointer, Role, StoreSink, claim};
 use boxwright::adapters::store::{
-    BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, StoreError,
-    Versioned, found,
+    BucketName, Content, Expected, Listed, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore,
+    StoreError, Versioned, found,
 };
 use boxwright::job::delivery::{FilesBody, FilesMoment};
 use boxwright::job::service::StoreConfig;
@@ -31,6 +31,8 @@ enum Moment {
     Manifest,
     /// After it was written.
     ManifestWritten,
+    /// Before the pointer to promoted weights is written, after they were copied.
+    Pointer,
 }
 
 /// A store in which something happens between two acts of its user, once.
@@ -95,6 +97,8 @@ impl ObjectStore for Between {
         expected: Expected<'_>,
     ) -> Result<Option<ObjectHead>, StoreError> {
         self.now(|moment| moment == Moment::Manifest).await;
+        let is_pointer = bucket.as_str() == "better-models";
+        self.now(|moment| moment == Moment::Pointer && is_pointer).await;
         let stored = self.inner.put_if(bucket, key, bytes, expected).await;
         self.now(|moment| moment == Moment::ManifestWritten).await;
         stored
@@ -119,12 +123,7 @@ impl ObjectStore for Between {
     ) -> Result<Versioned, StoreError> {
         self.inner.get_versioned(bucket, key, bytes_max).await
     }
-    async fn list(
-        &self,
-        bucket: &BucketName,
-        prefix: &str,
-        items_max: usize,
-    ) -> Result<Vec<ObjectEntry>, StoreError> {
+    async fn list(&self, bucket: &BucketName, prefix: &str, items_max: usize) -> Result<Listed, StoreError> {
         self.inner.list(bucket, prefix, items_max).await
     }
     async fn delete(&self, bucket: &BucketName, key: &ObjectKey) -> Result<(), StoreError> {
@@ -145,8 +144,8 @@ impl ObjectStore for Between {
 /// Every object of the bucket of runs with its mark, and whether something was promoted.
 async fn everything(store: &dyn ObjectStore) -> (Vec<ObjectEntry>, bool) {
     let promoted = store.list(&bucket("better-models"), "", 99).await;
-    let promoted = found(promoted).expect("answers").is_some_and(|list| !list.is_empty());
-    (store.list(&bucket("models"), "", 999).await.expect("listed"), promoted)
+    let promoted = found(promoted).expect("answers").is_some_and(|list| !list.entries.is_empty());
+    (store.list(&bucket("models"), "", 999).await.expect("listed").entries, promoted)
 }
 
 fn is_fenced<T: std::fmt::Debug>(delivered: &Result<T, DeliveryError>) -> bool {
@@ -212,7 +211,7 @@ async fn claiming(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
     );
     let late = deliver(&sink, other(1)).await;
     assert!(is_fenced(&late), "{late:?}");
-    assert_eq!(store.list(&models, "plants/task-2/", 9).await.expect("listed").len(), 1);
+    assert_eq!(store.list(&models, "plants/task-2/", 9).await.expect("listed").entries.len(), 1);
     deliver(&sink, other(2)).await.expect("delivered");
 }
 
@@ -258,7 +257,7 @@ async fn straddling(store: Arc<dyn ObjectStore>, config: &StoreConfig) {
         assert!(between.happened(), "{moment:?}");
         assert!(matches!(late, Err(DeliveryError::Fenced { .. })), "{moment:?}: {late:?}");
         let prefix = "plants/task-1/";
-        let there = store.list(&bucket("models"), prefix, 999).await.expect("listed");
+        let there = store.list(&bucket("models"), prefix, 999).await.expect("listed").entries;
         let has = |end: &str| there.iter().any(|entry| entry.key.as_str().ends_with(end));
         // What had begun is there; no large file that comes after it is.
         let is_early = matches!(moment, Moment::File(end) | Moment::FileSent(end) if end.contains("best"));
@@ -374,5 +373,41 @@ async fn a_run_has_one_owner_on_an_s3_server() {
     for number in 0..4 {
         let Some(server) = s3::server() else { return };
         every(number, open(&server.config()), &server.config()).await;
+    }
+}
+
+/// Two jobs of one study end at the same time: the better one is promoted, and its weights are those in the place.
+#[tokio::test]
+async fn of_two_runs_that_end_together_the_better_is_promoted() {
+    let scores = [(0.5, 0.6, "task-2"), (0.6, 0.5, "task-1")];
+    for (ours, theirs, promoted) in scores {
+        let (_folder, config, store) = folder_store();
+        let (first, second) =
+            (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+        for (run, seed) in [(&first, 1), (&second, 2)] {
+            write(run.path(), "weights/best.safetensors", &noise(40_000, seed));
+        }
+        let mut other = FilesBody { fitness: Some(theirs), ..body(second.path(), "i2", 2, FilesMoment::End) };
+        other.run.task_id = "task-2".parse().expect("an id");
+        let direct = StoreSink::new(&config, store.clone()).expect("a sink");
+        let meanwhile = async move {
+            let receipt = deliver(&direct, other).await.expect("delivered");
+            assert!(note(&receipt, "promotion").starts_with("promoted"), "{receipt:?}");
+        };
+        let between = Between::new(&store, Moment::Pointer, meanwhile);
+        let sink = StoreSink::new(&config, between.clone()).expect("a sink");
+        let mine = FilesBody { fitness: Some(ours), ..body(first.path(), "i1", 1, FilesMoment::End) };
+        let receipt = deliver(&sink, mine).await.expect("delivered");
+        assert!(between.happened());
+        let said = note(&receipt, "promotion");
+        assert_eq!(said.starts_with("promoted"), promoted == "task-1", "{said}");
+        let better = bucket("better-models");
+        let text = store.get_bytes(&better, &key("plants-v3.json"), 9999).await.expect("a pointer");
+        let pointer: Pointer = serde_json::from_slice(&text).expect("a pointer");
+        assert_eq!(pointer.task_id, promoted);
+        let head = store.head(&better, &key("plants-v3.safetensors")).await.expect("weights");
+        assert_eq!(head.sha256, Some(pointer.sha256), "the weights are those of {promoted}");
+        let text = store.get_bytes(&better, &key("plants-v3.txt"), 999).await.expect("a text");
+        assert_eq!(String::from_utf8(text).expect("text").trim(), pointer.source);
     }
 }

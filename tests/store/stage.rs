@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use boxwright::adapters::store::stage::{Staged, dataset_ref, stage};
 use boxwright::adapters::store::{BucketName, ObjectStore, StoreError};
@@ -22,7 +23,7 @@ async fn staging(store: Arc<dyn ObjectStore>) {
     let cache = tempfile::tempdir().expect("a folder");
     let bring = async |data: &str| -> Result<Staged, StoreError> {
         let dataset = dataset_ref(data).expect("an address").expect("in the store");
-        stage(store.as_ref(), cache.path(), &dataset).await
+        stage(store.as_ref(), cache.path(), &dataset, "the job a").await.map(|(staged, _)| staged)
     };
     let none = bring("s3://datasets/cells").await;
     assert!(matches!(none, Err(StoreError::Missing { .. })), "{none:?}");
@@ -77,11 +78,92 @@ async fn datasets_are_staged_from_an_s3_server() {
     // Without the server an earlier copy is used, when it is complete.
     let cache = tempfile::tempdir().expect("a folder");
     let dataset = dataset_ref("s3://datasets/cells/data.yaml").expect("good").expect("in the store");
-    stage(store.as_ref(), cache.path(), &dataset).await.expect("staged");
+    stage(store.as_ref(), cache.path(), &dataset, "the job a").await.expect("staged");
     server.kill();
-    let kept = stage(store.as_ref(), cache.path(), &dataset).await.expect("kept");
+    let (kept, _) = stage(store.as_ref(), cache.path(), &dataset, "the job a").await.expect("kept");
     assert!(!kept.is_current && kept.files == 41);
     std::fs::remove_file(cache.path().join("datasets/cells/.boxwright-complete")).expect("removed");
-    let none = stage(store.as_ref(), cache.path(), &dataset).await;
+    let none = stage(store.as_ref(), cache.path(), &dataset, "the job a").await;
     assert!(matches!(none, Err(StoreError::Unavailable { .. })), "{none:?}");
+}
+
+/// A dataset of two files, and the folder that it is staged in.
+async fn pair() -> (tempfile::TempDir, Arc<dyn ObjectStore>, tempfile::TempDir) {
+    let (folder, _, store) = folder_store();
+    store.prepare(&bucket("datasets")).await.expect("prepared");
+    for name in ["cells/data.yaml", "cells/images/1.jpg"] {
+        put(store.as_ref(), &bucket("datasets"), name, "old").await;
+    }
+    (folder, store, tempfile::tempdir().expect("a folder"))
+}
+
+#[tokio::test]
+async fn a_dataset_does_not_change_while_a_job_trains_on_it() {
+    let (_folder, store, cache) = pair().await;
+    let datasets = bucket("datasets");
+    let dataset = dataset_ref("s3://datasets/cells").expect("an address").expect("in the store");
+    let bring = |user: &'static str| stage(store.as_ref(), cache.path(), &dataset, user);
+    let (staged, in_use) = bring("the job a").await.expect("staged");
+    let (_, second) = bring("the job b").await.expect("the same state is shared");
+    put(store.as_ref(), &datasets, "cells/data.yaml", "another").await;
+    store.delete(&datasets, &key("cells/images/1.jpg")).await.expect("deleted");
+    put(store.as_ref(), &datasets, "cells/images/2.jpg", "new").await;
+    drop(second);
+    let waits = tokio::time::timeout(Duration::from_secs(1), bring("the job c")).await;
+    assert!(waits.is_err(), "the job a trains on it: {waits:?}");
+    assert_eq!(text(staged.folder.join("data.yaml")), "old");
+    assert_eq!(text(staged.folder.join("images/1.jpg")), "old");
+    // A job that needs no change does not wait.
+    drop(in_use);
+    let (changed, _in_use) = bring("the job c").await.expect("staged");
+    assert_eq!((changed.fetched, changed.removed), (2, 1));
+    assert_eq!(text(staged.folder.join("data.yaml")), "another");
+    assert!(!staged.folder.join("images/1.jpg").exists());
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_staged_is_named() {
+    let (folder, store, cache) = pair().await;
+    let dataset = dataset_ref("s3://datasets/cells").expect("an address").expect("in the store");
+    let bring = || stage(store.as_ref(), cache.path(), &dataset, "the job a");
+    let images = folder.path().join("store/datasets/cells/images");
+    let long = "x".repeat(250);
+    put(store.as_ref(), &bucket("datasets"), &format!("cells/images/{long}"), "long").await;
+    assert_eq!(bring().await.expect("staged").0.files, 3);
+    for (name, reason) in [("a\\b.jpg", "no backslash"), ("a\nb.jpg", "no control characters")] {
+        std::fs::write(images.join(name), "odd").expect("written");
+        let error = bring().await.expect_err("refused");
+        assert!(matches!(error, StoreError::Name { .. }), "{error:?}");
+        let said = error.to_string();
+        assert!(said.contains(&format!("{:?}", format!("datasets/cells/images/{name}"))), "{said}");
+        assert!(said.contains(reason), "{said}");
+        std::fs::remove_file(images.join(name)).expect("removed");
+    }
+    std::os::unix::fs::symlink(images.join("1.jpg"), images.join("link.jpg")).expect("linked");
+    let said = bring().await.expect_err("refused").to_string();
+    assert!(said.contains("cells/images/link.jpg") && said.contains("symbolic link"), "{said}");
+    std::fs::remove_file(images.join("link.jpg")).expect("removed");
+    bring().await.expect("staged");
+}
+
+#[tokio::test]
+async fn room_is_looked_for_first_and_leftovers_are_removed() {
+    let (folder, store, cache) = pair().await;
+    let dataset = dataset_ref("s3://datasets/cells").expect("an address").expect("in the store");
+    let bring = || stage(store.as_ref(), cache.path(), &dataset, "the job a");
+    let (staged, _) = bring().await.expect("staged");
+    let left = staged.folder.join("images/.arriving-0123");
+    std::fs::write(&left, "left by a fetch that was killed").expect("written");
+    // A file that takes no room in the store and more than there is outside it.
+    let large = folder.path().join("store/datasets/cells/images/large.jpg");
+    let file = std::fs::File::create(&large).expect("made");
+    file.set_len(8 << 40).expect("a sparse file");
+    let error = bring().await.expect_err("no room");
+    let bytes = 8u64 << 40;
+    assert!(matches!(&error, StoreError::NoRoom { needed_bytes, .. } if *needed_bytes == bytes), "{error:?}");
+    let said = error.to_string();
+    assert!(said.contains(&format!("needs {bytes} bytes")) && said.contains("are free"), "{said}");
+    assert!(!left.exists() && !staged.folder.join("images/large.jpg").exists());
+    std::fs::remove_file(large).expect("removed");
+    bring().await.expect("staged");
 }

@@ -209,6 +209,7 @@ mod tests {
             run_dir,
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         let record = journal.accept(new, None).expect("accepted");
         let mut shown = Shown::new(journal.begin_attempt(record.seq, "starts").expect("legal"));

@@ -20,6 +20,7 @@ fn add(journal: &mut Journal, config: &ServiceConfig, id: &str, priority: &str) 
         run_dir,
         reason: "just came".into(),
         shared: None,
+        continues: None,
     };
     journal.accept(new, None).expect("accepted")
 }
@@ -137,6 +138,7 @@ fn on(journal: &mut Journal, config: &ServiceConfig, id: &str, device: &str) -> 
         run_dir,
         reason: "just came".into(),
         shared: None,
+        continues: None,
     };
     journal.accept(new, None).expect("accepted")
 }

@@ -192,6 +192,7 @@ mod tests {
             content_sha256: "0".into(),
             reason: "waits".into(),
             shared: None,
+            continues: None,
         };
         let mut record = journal.accept(new, None).expect("accepted");
         assert!(Busy::new(record.clone()).progress.is_empty());

@@ -47,18 +47,17 @@ pub(super) async fn run(
     supervisor: &actix::Addr<Supervisor>,
     mut orders: mpsc::Receiver<Control>,
 ) -> Ending {
-    let provided = match provide(&record, config.supply.as_ref(), &mut orders).await {
-        Ok(provided) => provided,
+    // The dataset stays as it is until this function has seen the process end.
+    let (data, _in_use) = match provide(&record, config.supply.as_ref(), &mut orders).await {
+        Ok(Provided { data, in_use }) => (data, in_use),
         Err(ending) => return ending,
     };
     let spec_path = child_spec_path(&config.state_dir, &record.task_id);
     let prepared = {
         let (record, gpu, spec_path) = (record.clone(), gpu.clone(), spec_path.clone());
         let gpu_share_max = config.gpu_share_max;
-        tokio::task::spawn_blocking(move || {
-            prepare(&record, gpu.as_ref(), &spec_path, gpu_share_max, provided)
-        })
-        .await
+        tokio::task::spawn_blocking(move || prepare(&record, gpu.as_ref(), &spec_path, gpu_share_max, data))
+            .await
     };
     match prepared {
         Ok(Ok(())) => {}
@@ -133,7 +132,7 @@ fn prepare(
     gpu: Option<&Gpu>,
     spec_path: &Path,
     gpu_share_max: f64,
-    provided: Provided,
+    data: Option<String>,
 ) -> Result<(), String> {
     let run_dir = &record.run_dir;
     std::fs::create_dir_all(run_dir)
@@ -149,7 +148,7 @@ fn prepare(
         run_dir: run_dir.clone(),
         args: TrainArgs {
             device,
-            data: provided.data.unwrap_or_else(|| record.spec.args.data.clone()),
+            data: data.unwrap_or_else(|| record.spec.args.data.clone()),
             ..record.spec.args.clone()
         },
         resume: true,

@@ -12,12 +12,13 @@ use super::Control;
 use crate::actors::endings::Ending;
 use crate::actors::outgoing::run_of;
 use crate::adapters::store::archive::claim;
-use crate::adapters::store::restore::{Restored, restore};
-use crate::adapters::store::stage::{dataset_ref, stage};
+use crate::adapters::store::restore::{Restored, has_checkpoint, restore};
+use crate::adapters::store::stage::{InUse, dataset_ref, stage};
 use crate::adapters::store::{BucketName, ObjectStore, StoreError};
 use crate::job::delivery::is_shared_instance;
 use crate::job::record::JobRecord;
 use crate::job::state::FailureClass;
+use crate::train::child::JobMode;
 
 /// How long a store that does not answer is waited for when a job's checkpoints lie nowhere else.
 const RESTORE_LIMIT: Duration = Duration::from_secs(300);
@@ -48,6 +49,8 @@ impl std::fmt::Debug for Supply {
 pub(super) struct Provided {
     /// The dataset's place on this machine, when it came from the store.
     pub(super) data: Option<String>,
+    /// Keeps that dataset as it is; to be held until the process has ended.
+    pub(super) in_use: Option<InUse>,
 }
 
 /// Brings what is missing; an order ends it at once.
@@ -62,7 +65,10 @@ pub(super) async fn provide(
             let reason = format!("{} lies in an object store, and none is configured", record.spec.args.data);
             return Err(Ending::Failed { class: FailureClass::Config, reason });
         }
-        return Ok(Provided::default());
+        return match is_gone(record) {
+            true => Err(gone(record, "there is no store")),
+            false => Ok(Provided::default()),
+        };
     };
     if !needs_data && !must_restore(record) {
         return Ok(Provided::default());
@@ -108,12 +114,34 @@ fn internal(reason: String) -> Ending {
 
 /// True when the run was begun before and this machine may not have the newest of it.
 fn must_restore(record: &JobRecord) -> bool {
-    record.attempts_all() > 1 && (record.attempts_before > 0 || !has_checkpoint(&record.run_dir))
+    let is_begun = record.attempts_all() > 1 || record.continued().is_some();
+    is_begun && (record.attempts_before > 0 || !has_checkpoint(&record.run_dir))
 }
 
-fn has_checkpoint(run_dir: &Path) -> bool {
-    let Ok(entries) = std::fs::read_dir(run_dir.join("state")) else { return false };
-    entries.flatten().any(|entry| entry.path().extension().is_some_and(|ending| ending == "ckpt"))
+/// True when the work that was done lies in the store and not here, or may do so: to begin without it would do that work
+/// again and replace what is stored of it.
+fn is_elsewhere(record: &JobRecord) -> bool {
+    let is_here = record.has_made_checkpoint() && has_checkpoint(&record.run_dir);
+    let continued = record.continued();
+    let was_done = record.attempts_before > 0
+        || record.has_made_checkpoint()
+        || continued.is_some_and(|continued| continued.has_checkpoint || continued.was_elsewhere);
+    record.spec.mode == JobMode::Train && was_done && !is_here
+}
+
+/// True when it was told to go on from a checkpoint, and the run folder has none.
+fn is_gone(record: &JobRecord) -> bool {
+    let had_checkpoint = record.continued().is_some_and(|continued| continued.has_checkpoint);
+    record.spec.mode == JobMode::Train && had_checkpoint && !has_checkpoint(&record.run_dir)
+}
+
+fn gone(record: &JobRecord, but: &str) -> Ending {
+    let reason = format!(
+        "no checkpoint to go on from is left: {} has none and {but}; `boxwright submit --again` trains it from its \
+         beginning",
+        record.run_dir.display()
+    );
+    Ending::Failed { class: FailureClass::Config, reason }
 }
 
 async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> {
@@ -135,7 +163,9 @@ async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> 
         return Ok(Provided::default());
     };
     let began = Instant::now();
-    let staged = stage(&*supply.store, &supply.datasets_dir, &dataset).await.map_err(refused)?;
+    let user = format!("the job {}", record.task_id);
+    let staged = stage(&*supply.store, &supply.datasets_dir, &dataset, &user).await;
+    let (staged, in_use) = staged.map_err(refused)?;
     tracing::info!(
         task_id = %record.task_id,
         "the dataset {} is at {} ({} objects fetched in {:.1} s)",
@@ -144,23 +174,25 @@ async fn bring(record: &JobRecord, supply: &Supply) -> Result<Provided, Ending> 
         staged.fetched,
         began.elapsed().as_secs_f64()
     );
-    Ok(Provided { data: Some(staged.path.to_string_lossy().into_owned()) })
+    Ok(Provided { data: Some(staged.path.to_string_lossy().into_owned()), in_use: Some(in_use) })
 }
 
-/// Claims the run in the store and brings its folder back. A store that stays silent is waited for only when the work of
-/// other machines would be lost, and not for ever.
+/// Claims the run in the store and brings its folder back. Where its work lies in the store alone, a store that stays
+/// silent is waited for, and the attempt fails when nothing comes: it is tried again.
 async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
     let id = record.task_id.as_str();
     let until = Instant::now() + RESTORE_LIMIT;
+    let is_elsewhere = is_elsewhere(record);
     let mut was_said = false;
     let mut ownership = Ownership::default();
     loop {
         match ownership.claim_and_restore(record, supply).await {
             Ok(restored) => {
+                check_restored(record, restored.as_ref())?;
                 say_restored(id, restored.as_ref(), ownership.left_by.as_deref());
                 return Ok(());
             }
-            Err(error) if error.is_outage() && record.attempts_before > 0 && Instant::now() < until => {
+            Err(error) if error.is_outage() && is_elsewhere && Instant::now() < until => {
                 if !was_said {
                     was_said = true;
                     tracing::warn!(
@@ -170,6 +202,11 @@ async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
                     );
                 }
                 tokio::time::sleep(PAUSE).await;
+            }
+            Err(error) if is_elsewhere => {
+                let reason =
+                    format!("its checkpoints cannot be brought back from the store: {}", chain(&error));
+                return Err(Ending::Failed { class: FailureClass::Storage, reason });
             }
             Err(error) => {
                 tracing::error!(
@@ -181,6 +218,24 @@ async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
             }
         }
     }
+}
+
+/// Fails where work that is known of did not come back.
+fn check_restored(record: &JobRecord, restored: Option<&Restored>) -> Result<(), Ending> {
+    if let Some(restored) = restored.filter(|restored| restored.is_lost) {
+        let reason = format!("no checkpoint of it in the store is whole: {}", restored.problems.join("; "));
+        return Err(Ending::Failed { class: FailureClass::Storage, reason });
+    }
+    if is_gone(record) {
+        return Err(gone(record, "the store has none of it"));
+    }
+    if record.has_made_checkpoint() && !has_checkpoint(&record.run_dir) {
+        tracing::warn!(
+            task_id = %record.task_id,
+            "its checkpoints are gone, here and in the store: it starts from its beginning"
+        );
+    }
+    Ok(())
 }
 
 fn say_restored(task_id: &str, restored: Option<&Restored>, left_by: Option<&str>) {
@@ -237,8 +292,10 @@ impl Ownership {
             self.is_settled = true;
         }
         let (spec, id) = (&record.spec, record.task_id.as_str());
-        let restored =
-            restore(store, bucket, &spec.study_name, id, &record.instance, &record.run_dir).await?;
+        let earlier = record.continued().map(|continued| continued.instances).unwrap_or_default();
+        let mut instances = vec![record.instance.as_str()];
+        instances.extend(earlier.iter().map(String::as_str));
+        let restored = restore(store, bucket, &spec.study_name, id, &instances, &record.run_dir).await?;
         // A server that compares first and writes afterwards may have let a write of the earlier owner overtake the claim.
         // By now that write is there.
         if is_shared_instance(&record.instance)
@@ -259,3 +316,6 @@ fn chain(error: &StoreError) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

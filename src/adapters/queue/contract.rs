@@ -31,6 +31,7 @@ pub(super) fn new_job(task_id: &str) -> NewJob {
         run_dir,
         reason: "waits".into(),
         shared: None,
+        continues: None,
     }
 }
 

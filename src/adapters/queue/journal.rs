@@ -6,6 +6,7 @@
 //! which recovery goes on as after a crash. Any number of processes may read
 //! and leave requests; only the service, which holds the [`super::lock::ProcessLock`], moves jobs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,7 +20,8 @@ use crate::job::clock::now_unix_ms;
 use crate::job::event::{EVENTS_PER_JOB_MAX, JobEvent};
 use crate::job::ids::TaskId;
 use crate::job::record::{
-    Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId, WaitingJob, Wanted,
+    CONTINUES, Change, CommandEntry, CommandKind, IntakeEntry, JobRecord, NewJob, ProcessId, WaitingJob,
+    Wanted,
 };
 use crate::job::slot::SlotBoard;
 use crate::job::state::{FailureClass, JobState};
@@ -350,13 +352,16 @@ impl JobStore for Journal {
             .map_err(|source| QueueError::Decode { what: "queue entry", source: Some(source) })?;
         let instance =
             shared.map_or_else(|| uuid::Uuid::new_v4().to_string(), |shared| shared.instance.clone());
+        let continues =
+            job.continues.as_ref().map(|continues| (CONTINUES, serde_json::json!(continues).to_string()));
+        let notes = serde_json::json!(BTreeMap::from_iter(continues)).to_string();
         let now = now_unix_ms();
         let fence = shared.map_or_else(|| own_fence(before.as_ref(), now), |shared| shared.fence);
         transaction
             .run(
                 "INSERT INTO jobs (task_id, generation, source, content_sha256, spec, run_dir, state, reason, accepted, \
-                 instance, entry, fence, attempts_before, priority, wanted) \
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+                 instance, entry, fence, attempts_before, priority, wanted, notes) \
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
                 params![
                     job.spec.task_id.as_str(),
                     before.map_or(1, |record| record.generation + 1),
@@ -372,6 +377,7 @@ impl JobStore for Journal {
                     shared.map_or(0, |shared| shared.attempts_before),
                     job.spec.priority as i64,
                     wanted,
+                    notes,
                 ],
             )
             .map_err(sql("accept a job"))?;

@@ -102,6 +102,30 @@ pub enum StoreError {
         /// `bucket/key`.
         object: String,
     },
+    /// A dataset on this machine is used in another state than the store has.
+    #[error("{folder} is not brought up to date while it is used by {users}; waited {waited_ms} ms")]
+    InUse {
+        /// The folder of the dataset.
+        folder: PathBuf,
+        /// Who uses it.
+        users: String,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
+    /// The file system of this machine has no room for what is to be fetched.
+    #[error(
+        "no room in {folder}: needs {needed_bytes} bytes and {reserve_bytes} that stay free, {free_bytes} are free"
+    )]
+    NoRoom {
+        /// Where it was to lie.
+        folder: PathBuf,
+        /// What is to be fetched.
+        needed_bytes: u64,
+        /// What has to stay free beside it.
+        reserve_bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+    },
     /// An object is larger than the reader allows.
     #[error("{object} has {bytes} bytes, at most {bytes_max} are allowed")]
     TooLarge {
@@ -155,6 +179,7 @@ impl StoreError {
                 Retry::After
             }
             Self::Integrity { .. } | Self::LocalFile { .. } | Self::Busy { .. } => Retry::After,
+            Self::InUse { .. } | Self::NoRoom { .. } => Retry::After,
         }
     }
 

@@ -19,10 +19,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
+use super::listing::list_folder;
 use super::local::{Arriving, FileIdentity, read_through, sync_folder, write_whole};
 use super::lock::lock_key;
 use super::{
-    BucketName, Content, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned,
+    BucketName, Content, Expected, Listed, LocalFile, ObjectHead, ObjectKey, ObjectStore, Versioned,
     blocking, hex,
 };
 
@@ -32,8 +33,6 @@ const INCOMING: &str = ".incoming";
 const SUMS: &str = ".sha256";
 /// What an interrupted process left is removed when it is this old.
 const INCOMING_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Folders inside folders that a list follows.
-const DEPTH_MAX: usize = 64;
 /// Bytes of a checksum file.
 const SUM_BYTES_MAX: u64 = 4096;
 
@@ -50,7 +49,8 @@ struct Sum {
     identity: String,
 }
 
-fn mark(identity: &FileIdentity) -> String {
+/// The mark of a file's content, as far as it can be told without reading it.
+pub(super) fn mark(identity: &FileIdentity) -> String {
     hex(&Sha256::digest(format!("{identity:?}"))[..12])
 }
 
@@ -92,13 +92,14 @@ impl FolderStore {
         let path = self.path(bucket, key);
         self.make_room(bucket, &path)?;
         let temporary = self.incoming()?;
-        if file.content == Content::Replaced && link_same(file, &temporary)? {
+        let identity = if file.content == Content::Replaced && link_same(file, &temporary)? {
             file.file.sync_all().map_err(StoreError::local("sync", &file.path))?;
             let renamed = fs::rename(&temporary, &path);
             // A rename between two links of one file does nothing and leaves both.
             let _ = fs::remove_file(&temporary);
             renamed.map_err(fault("write", &path))?;
             sync_folder(&path).map_err(unlocal)?;
+            file.identity
         } else {
             let mut arriving = Arriving::begin_at(&path, temporary).map_err(unlocal)?;
             read_through(&file.file, &file.path, file.bytes, |_, bytes| {
@@ -107,9 +108,9 @@ impl FolderStore {
             if arriving.seen().1 != file.sha256 {
                 return Err(file.changed());
             }
-            arriving.finish().map_err(unlocal)?;
-        }
-        self.keep_sum(bucket, key, &path, &file.sha256)
+            arriving.finish().map_err(unlocal)?
+        };
+        self.keep_sum(bucket, key, &identity, &file.sha256)
     }
 
     fn put_small(
@@ -123,8 +124,8 @@ impl FolderStore {
         let mut arriving = Arriving::begin_at(&path, self.incoming()?).map_err(unlocal)?;
         arriving.write(bytes).map_err(unlocal)?;
         let (_, sha256) = arriving.seen();
-        arriving.finish().map_err(unlocal)?;
-        self.keep_sum(bucket, key, &path, &sha256)
+        let identity = arriving.finish().map_err(unlocal)?;
+        self.keep_sum(bucket, key, &identity, &sha256)
     }
 
     /// Compares and stores under a lock. The version of a file is the checksum of its content: its identity may come
@@ -148,22 +149,22 @@ impl FolderStore {
         self.put_small(bucket, key, bytes).map(Some)
     }
 
+    /// Files the checksum of the very file that it was computed of: another writer may have replaced it by now.
     fn keep_sum(
         &self,
         bucket: &BucketName,
         key: &ObjectKey,
-        path: &Path,
+        file: &FileIdentity,
         sha256: &str,
     ) -> Result<ObjectHead, StoreError> {
-        let metadata = fs::metadata(path).map_err(fault("look at", path))?;
-        let identity = mark(&FileIdentity::of(&metadata));
+        let identity = mark(file);
         let sum = Sum { sha256: sha256.to_owned(), identity: identity.clone() };
         let text = serde_json::to_vec(&sum).map_err(|error| StoreError::Refused {
             what: format!("write the checksum of {bucket}/{key}"),
             source: Some(Box::new(error)),
         })?;
         write_whole(&self.sum_path(bucket, key), &text).map_err(unlocal)?;
-        Ok(ObjectHead { bytes: metadata.len(), sha256: Some(sha256.to_owned()), etag: Some(identity) })
+        Ok(ObjectHead { bytes: file.bytes(), sha256: Some(sha256.to_owned()), etag: Some(identity) })
     }
 
     fn opened(&self, bucket: &BucketName, key: &ObjectKey) -> Result<(File, fs::Metadata), StoreError> {
@@ -182,7 +183,8 @@ impl FolderStore {
 
     fn look(&self, bucket: &BucketName, key: &ObjectKey) -> Result<ObjectHead, StoreError> {
         let (file, metadata) = self.opened(bucket, key)?;
-        let identity = mark(&FileIdentity::of(&metadata));
+        let opened = FileIdentity::of(&metadata);
+        let identity = mark(&opened);
         let kept =
             fs::read(self.sum_path(bucket, key)).ok().filter(|text| text.len() as u64 <= SUM_BYTES_MAX);
         let kept = kept.and_then(|text| serde_json::from_slice::<Sum>(&text).ok());
@@ -192,7 +194,7 @@ impl FolderStore {
         let path = self.path(bucket, key);
         let sha256 = hash_of(&file, &path, metadata.len())?;
         // Kept so that it is read once; a store that cannot be written to is read each time.
-        let _ = self.keep_sum(bucket, key, &path, &sha256);
+        let _ = self.keep_sum(bucket, key, &opened, &sha256);
         Ok(ObjectHead { bytes: metadata.len(), sha256: Some(sha256), etag: Some(identity) })
     }
 
@@ -220,56 +222,6 @@ impl FolderStore {
         }
         arriving.finish()?;
         Ok(ObjectHead { bytes, sha256: Some(sha256), etag: Some(mark(&FileIdentity::of(&metadata))) })
-    }
-
-    fn list_all(
-        &self,
-        bucket: &BucketName,
-        prefix: &str,
-        items_max: usize,
-    ) -> Result<Vec<ObjectEntry>, StoreError> {
-        let root = self.root.join(bucket.as_str());
-        if !root.is_dir() {
-            return Err(StoreError::Missing { object: format!("bucket {bucket}") });
-        }
-        // The deepest folder that the prefix names; below it, the rest is compared.
-        let start = prefix.rfind('/').map_or("", |at| &prefix[..at]);
-        if !start.is_empty() && ObjectKey::new(start).is_err() {
-            return Ok(Vec::new());
-        }
-        let mut found = Vec::new();
-        let mut folders = vec![(root.join(start), start.to_owned(), 0)];
-        while let Some((folder, name, depth)) = folders.pop() {
-            let entries = match fs::read_dir(&folder) {
-                Ok(entries) => entries,
-                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                    continue;
-                }
-                Err(error) => return Err(fault("read", &folder)(error)),
-            };
-            for entry in entries {
-                let entry = entry.map_err(fault("read", &folder))?;
-                let Ok(file_name) = entry.file_name().into_string() else { continue };
-                let key = if name.is_empty() { file_name } else { format!("{name}/{file_name}") };
-                let Ok(metadata) = entry.metadata() else { continue };
-                if metadata.is_dir() && depth < DEPTH_MAX {
-                    folders.push((entry.path(), key, depth + 1));
-                } else if metadata.is_file() && key.starts_with(prefix) {
-                    let Ok(key) = ObjectKey::new(key) else { continue };
-                    let etag = mark(&FileIdentity::of(&metadata));
-                    found.push(ObjectEntry { key, bytes: metadata.len(), etag });
-                }
-                if found.len() > items_max {
-                    return Err(StoreError::TooLarge {
-                        object: format!("the list of {bucket}/{prefix}"),
-                        bytes: found.len() as u64,
-                        bytes_max: items_max as u64,
-                    });
-                }
-            }
-        }
-        found.sort();
-        Ok(found)
     }
 
     /// Removes what interrupted processes left behind.
@@ -421,14 +373,9 @@ impl ObjectStore for FolderStore {
         .await
     }
 
-    async fn list(
-        &self,
-        bucket: &BucketName,
-        prefix: &str,
-        items_max: usize,
-    ) -> Result<Vec<ObjectEntry>, StoreError> {
-        let (store, bucket, prefix) = (self.clone(), bucket.clone(), prefix.to_owned());
-        blocking(move || store.list_all(&bucket, &prefix, items_max)).await
+    async fn list(&self, bucket: &BucketName, prefix: &str, items_max: usize) -> Result<Listed, StoreError> {
+        let (root, bucket, prefix) = (self.root.clone(), bucket.clone(), prefix.to_owned());
+        blocking(move || list_folder(&root, &bucket, &prefix, items_max)).await
     }
 
     async fn delete(&self, bucket: &BucketName, key: &ObjectKey) -> Result<(), StoreError> {

@@ -43,6 +43,11 @@ impl FileIdentity {
         }
     }
 
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// True when the file was written so long before `now_ns` that another write would have another time.
     pub fn is_settled(&self, now_ns: i128) -> bool {
         now_ns - self.modified_ns > 2_000_000_000
@@ -153,7 +158,7 @@ pub(super) fn read_through(
 pub(super) struct Arriving {
     path: PathBuf,
     temporary: PathBuf,
-    file: Option<File>,
+    file: File,
     hash: Sha256,
     bytes: u64,
 }
@@ -171,13 +176,11 @@ impl Arriving {
     pub(super) fn begin_at(path: &Path, temporary: PathBuf) -> Result<Self, StoreError> {
         let opened = OpenOptions::new().write(true).create_new(true).open(&temporary);
         let file = opened.map_err(StoreError::local("make", &temporary))?;
-        Ok(Self { path: path.to_owned(), temporary, file: Some(file), hash: Sha256::new(), bytes: 0 })
+        Ok(Self { path: path.to_owned(), temporary, file, hash: Sha256::new(), bytes: 0 })
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        if let Some(file) = &mut self.file {
-            file.write_all(bytes).map_err(StoreError::local("write", &self.path))?;
-        }
+        self.file.write_all(bytes).map_err(StoreError::local("write", &self.path))?;
         self.hash.update(bytes);
         self.bytes += bytes.len() as u64;
         Ok(())
@@ -188,13 +191,13 @@ impl Arriving {
         (self.bytes, hex(&self.hash.clone().finalize()))
     }
 
-    /// Makes it durable and gives it its name.
-    pub(super) fn finish(mut self) -> Result<(), StoreError> {
-        if let Some(file) = self.file.take() {
-            file.sync_all().map_err(StoreError::local("write", &self.path))?;
-        }
+    /// Makes it durable and gives it its name. The identity is that of what arrived, whoever replaces it afterwards.
+    pub(super) fn finish(self) -> Result<FileIdentity, StoreError> {
+        self.file.sync_all().map_err(StoreError::local("write", &self.path))?;
+        let metadata = self.file.metadata().map_err(StoreError::local("look at", &self.path))?;
         fs::rename(&self.temporary, &self.path).map_err(StoreError::local("rename", &self.path))?;
-        sync_folder(&self.path)
+        sync_folder(&self.path)?;
+        Ok(FileIdentity::of(&metadata))
     }
 }
 
@@ -216,7 +219,7 @@ pub(super) fn sync_folder(path: &Path) -> Result<(), StoreError> {
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let mut arriving = Arriving::begin(path)?;
     arriving.write(bytes)?;
-    arriving.finish()
+    arriving.finish().map(|_| ())
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use crate::job::service::StoreConfig;
 pub mod archive;
 pub mod error;
 pub mod folder;
+mod in_use;
+mod listing;
 pub mod local;
 mod lock;
 pub mod minio;
@@ -22,6 +24,7 @@ pub mod restore;
 pub mod stage;
 
 pub use error::{Retry, StoreError, found};
+pub use listing::{Listed, Refused};
 pub use local::{Content, LocalFile};
 pub use names::{BucketName, ObjectKey};
 
@@ -65,6 +68,16 @@ pub enum Expected<'a> {
     Version(&'a str),
     /// Anything or nothing.
     Anything,
+}
+
+impl<'a> Expected<'a> {
+    /// What was seen at the key: it has to be there still.
+    pub fn of(seen: Option<&'a Versioned>) -> Self {
+        match seen {
+            None => Self::Nothing,
+            Some(object) => object.version.as_deref().map_or(Self::Anything, Self::Version),
+        }
+    }
 }
 
 /// A store of objects. Every method may be called again after any failure. An object is there whole or not at all.
@@ -155,17 +168,12 @@ pub trait ObjectStore: Send + Sync {
         bytes_max: u64,
     ) -> Result<Versioned, StoreError>;
 
-    /// The objects whose keys begin with `prefix`, in the order of their keys. Keys that [`ObjectKey`] refuses are
-    /// left out.
+    /// The objects whose keys begin with `prefix`, in the order of their keys. What [`ObjectKey`] refuses is left out,
+    /// and the list says so.
     ///
     /// # Errors
     /// [`StoreError::TooLarge`] when there are more than `items_max`; others.
-    async fn list(
-        &self,
-        bucket: &BucketName,
-        prefix: &str,
-        items_max: usize,
-    ) -> Result<Vec<ObjectEntry>, StoreError>;
+    async fn list(&self, bucket: &BucketName, prefix: &str, items_max: usize) -> Result<Listed, StoreError>;
 
     /// Removes an object; it need not be there.
     ///

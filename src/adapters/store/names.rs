@@ -6,8 +6,8 @@ use super::error::StoreError;
 
 /// Bytes of a key, as the protocol limits them.
 const KEY_BYTES_MAX: usize = 1024;
-/// Bytes of one part of a key: what file systems allow, less a temporary suffix.
-const SEGMENT_BYTES_MAX: usize = 200;
+/// Bytes of one part of a key: what file systems allow.
+const SEGMENT_BYTES_MAX: usize = 255;
 
 /// Name of a bucket: 3 to 63 of `a-z`, `0-9`, `.` and `-`, beginning and ending with a letter or digit.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,7 +61,7 @@ pub struct ObjectKey(String);
 
 impl ObjectKey {
     /// Checks a key: no empty part, no `.` or `..`, no backslash, no control characters, at most 1024 bytes and
-    /// 200 a part.
+    /// 255 a part.
     ///
     /// # Errors
     /// [`StoreError::Name`].
@@ -106,7 +106,7 @@ pub(super) fn fault_of_path(path: &str) -> Option<&'static str> {
             return Some("no part of it is empty, `.` or `..`");
         }
         if part.len() > SEGMENT_BYTES_MAX {
-            return Some("no part of it has more than 200 bytes");
+            return Some("no part of it has more than 255 bytes");
         }
     }
     None
@@ -127,10 +127,11 @@ mod tests {
         for good in ["a", "a/b.c", "study x/täsk/weights/last.safetensors", "..a/b..", ".hidden"] {
             assert!(ObjectKey::new(good).is_ok(), "{good}");
         }
-        let long = "x".repeat(201);
+        let long = "x".repeat(256);
         for bad in ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a\nb", "a\\b", "a\0", long.as_str()] {
             assert!(ObjectKey::new(bad).is_err(), "{bad:?}");
         }
+        assert!(ObjectKey::new("x".repeat(255)).is_ok());
         assert!(ObjectKey::new("ab/".repeat(400) + "c").is_err());
     }
 }

@@ -15,6 +15,8 @@ const RUN_FILES: [&str; 4] = ["args.yaml", "config.effective.yaml", "results.csv
 pub struct Restored {
     /// The checkpoint to continue from; `None` when the run has none yet.
     pub checkpoint: Option<PathBuf>,
+    /// True when the store names checkpoints and none of them came back, nor is one here.
+    pub is_lost: bool,
     /// True when the checkpoint was here already, as new or newer than the store's: then nothing was fetched.
     pub is_local_newer: bool,
     /// Files fetched.
@@ -38,7 +40,7 @@ pub struct Restored {
 /// Brings the files of a run back that it is continued with: weights, tables and arguments, and the checkpoint last, so
 /// that a run folder with a checkpoint has the rest. Each file is verified and appears whole or not at all. When the
 /// newest checkpoint is missing or damaged the next older one of the manifest is taken. `None` when the store has
-/// nothing of this instance. A checkpoint in `run_dir` that is as new is kept, with everything beside it.
+/// nothing of these instances (one, and those that it continues). A checkpoint in `run_dir` that is as new is kept, with everything beside it.
 ///
 /// # Errors
 /// [`StoreError`]; it may be called again.
@@ -47,7 +49,7 @@ pub async fn restore(
     bucket: &BucketName,
     study: &str,
     task_id: &str,
-    instance: &str,
+    instances: &[&str],
     run_dir: &Path,
 ) -> Result<Option<Restored>, StoreError> {
     let prefix = run_prefix(study, task_id)?;
@@ -60,11 +62,12 @@ pub async fn restore(
         });
     }
     let Some(manifest) = there.manifest else { return Ok(None) };
-    if manifest.instance != instance {
+    if !instances.contains(&manifest.instance.as_str()) {
         return Ok(None);
     }
     let mut restored = Restored {
         checkpoint: None,
+        is_lost: false,
         is_local_newer: false,
         files: 0,
         bytes: 0,
@@ -114,6 +117,7 @@ pub async fn restore(
     }
     if restored.checkpoint.is_none() {
         restored.checkpoint = here.map(|(_, path)| path);
+        restored.is_lost = newest_there.is_some() && restored.checkpoint.is_none();
     }
     for problem in &restored.problems {
         tracing::warn!(task_id, problem, "a file of the run did not come back from the store");
@@ -127,6 +131,12 @@ fn is_wanted(file: &ManifestFile) -> bool {
         Role::Run => RUN_FILES.contains(&file.path.as_str()),
         Role::Checkpoint => false,
     }
+}
+
+/// True when a run folder has a checkpoint, by the names of its files. Blocks.
+pub fn has_checkpoint(run_dir: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(run_dir.join("state")) else { return false };
+    entries.flatten().any(|entry| entry.path().extension().is_some_and(|ending| ending == "ckpt"))
 }
 
 /// The newest checkpoint of a run folder that verifies.

@@ -3,35 +3,40 @@
 //! `s3://bucket/prefix[/data.yaml]` lies in `{datasets_dir}/{bucket}/{prefix}`. Beside the files, `.boxwright-staged.jsonl`
 //! tells what was fetched (one line each, so that an interrupted fetch goes on), and `.boxwright-complete` the fingerprint of
 //! the objects that the folder is complete for. Files that the store no longer has are removed; others are left alone.
+//! Nothing changes while somebody trains on it ([`InUse`]).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
+use super::in_use::{USE_LIMIT, hold, hold_alone};
 use super::local::write_whole;
 use super::names::fault_of_path;
-use super::{BucketName, ObjectEntry, ObjectKey, ObjectStore, blocking, hex};
+use super::{BucketName, ObjectEntry, ObjectKey, ObjectStore, Refused, blocking, hex};
+use crate::adapters::telemetry::disk;
+
+pub use super::in_use::InUse;
 
 const SCHEME: &str = "s3://";
 const JOURNAL: &str = ".boxwright-staged.jsonl";
 const COMPLETE: &str = ".boxwright-complete";
-const LOCK: &str = ".boxwright-lock";
+/// How files begin that have not arrived yet.
+const ARRIVING: &str = ".arriving-";
 /// Objects of a dataset.
 const OBJECTS_MAX: usize = 2_000_000;
 /// Objects fetched at one time.
 const PARALLEL: usize = 8;
-/// Longest wait for another process that stages the same dataset.
-const LOCK_LIMIT: Duration = Duration::from_secs(6 * 3600);
-/// Between two looks at its lock.
-const LOCK_INTERVAL: Duration = Duration::from_millis(200);
+/// A dataset is looked at so often while others change it.
+const TRIES_MAX: u32 = 5;
+/// Bytes of the file system that a fetch leaves free: the journal may lie there, too.
+const RESERVE_BYTES: u64 = 512 << 20;
 
 /// A dataset in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,67 +88,161 @@ pub fn dataset_ref(data: &str) -> Result<Option<DatasetRef>, StoreError> {
     Ok(Some(DatasetRef { bucket: BucketName::new(bucket)?, prefix: ObjectKey::new(prefix)?, file }))
 }
 
-/// Brings a dataset to `datasets_dir`, fetching only what is not there yet.
+/// Brings a dataset to `datasets_dir`, fetching only what is not there yet. It stays as it is while the second value
+/// lives; `user` is named to others that wait to change it.
 ///
 /// When the store cannot be asked, an earlier copy that is complete is used. May be called again after any failure; goes
 /// on where it was.
 ///
 /// # Errors
-/// [`StoreError::Missing`] when the store has no such folder or file; others.
+/// [`StoreError::Missing`] when the store has no such folder or file, [`StoreError::Name`] when it has a file there that
+/// cannot be staged, [`StoreError::NoRoom`], [`StoreError::InUse`] when others use another state of it; others.
 pub async fn stage(
     store: &dyn ObjectStore,
     datasets_dir: &Path,
     dataset: &DatasetRef,
-) -> Result<Staged, StoreError> {
+    user: &str,
+) -> Result<(Staged, InUse), StoreError> {
     let folder = datasets_dir.join(dataset.bucket.as_str()).join(dataset.prefix.as_str());
-    let _lock = lock(&folder).await?;
+    let mut known: Option<Arc<Wanted>> = None;
+    let mut done = Done::default();
+    for _ in 0..TRIES_MAX {
+        let in_use = hold(&folder, user).await?;
+        let wanted = match known.take() {
+            Some(wanted) => wanted,
+            None => match look(store, dataset).await {
+                Err(error) if error.is_outage() => {
+                    return kept(folder, dataset).await.map(|staged| (staged, in_use)).ok_or(error);
+                }
+                wanted => wanted?,
+            },
+        };
+        let (at, of) = (folder.clone(), wanted.clone());
+        if blocking(move || Ok(is_complete(&at, &of))).await? {
+            let path = dataset.file.as_ref().map_or_else(|| folder.clone(), |file| folder.join(file));
+            let fingerprint = wanted.fingerprint.clone();
+            let files = wanted.files.len();
+            let Done { fetched, bytes_fetched, removed } = done;
+            let staged = Staged {
+                path,
+                folder,
+                fingerprint,
+                files,
+                fetched,
+                bytes_fetched,
+                removed,
+                is_current: true,
+            };
+            return Ok((staged, in_use));
+        }
+        drop(in_use);
+        let (_alone, has_waited) = hold_alone(&folder, USE_LIMIT).await?;
+        let wanted = if has_waited { look(store, dataset).await? } else { wanted };
+        done.add(bring(store, dataset, &folder, &wanted).await?);
+        // Between the two locks another process may change it again.
+        known = Some(wanted);
+    }
+    Err(StoreError::Busy { object: format!("the dataset in {}", folder.display()) })
+}
+
+/// What was done to a folder.
+#[derive(Default)]
+struct Done {
+    fetched: usize,
+    bytes_fetched: u64,
+    removed: usize,
+}
+
+impl Done {
+    fn add(&mut self, more: Done) {
+        self.fetched += more.fetched;
+        self.bytes_fetched += more.bytes_fetched;
+        self.removed += more.removed;
+    }
+}
+
+/// The files of a dataset as the store has them.
+struct Wanted {
+    files: BTreeMap<String, ObjectEntry>,
+    fingerprint: String,
+}
+
+/// Looks at what the store has. A file that cannot be staged is an error: without it the dataset would be another one.
+async fn look(store: &dyn ObjectStore, dataset: &DatasetRef) -> Result<Arc<Wanted>, StoreError> {
     let prefix = format!("{}/", dataset.prefix);
-    let entries = match store.list(&dataset.bucket, &prefix, OBJECTS_MAX).await {
-        Ok(entries) => entries,
-        Err(error) if error.is_outage() => return kept(folder, dataset).await.ok_or(error),
-        Err(error) => return Err(error),
-    };
+    let listed = store.list(&dataset.bucket, &prefix, OBJECTS_MAX).await?;
+    if let Some(Refused { name, reason }) = listed.refused {
+        return Err(StoreError::Name { what: "file", name: format!("{}/{name}", dataset.bucket), reason });
+    }
     let object = || format!("{}/{}", dataset.bucket, dataset.prefix);
-    let wanted: BTreeMap<String, ObjectEntry> = entries
-        .into_iter()
+    let entries = listed.entries.into_iter();
+    let files: BTreeMap<String, ObjectEntry> = entries
         .filter_map(|entry| Some((inside(entry.key.as_str().strip_prefix(&prefix)?)?, entry)))
         .collect();
-    if wanted.is_empty() {
+    if files.is_empty() {
         return Err(StoreError::Missing { object: object() });
     }
-    if let Some(file) = dataset.file.as_ref().filter(|file| !wanted.contains_key(*file)) {
+    if let Some(file) = dataset.file.as_ref().filter(|file| !files.contains_key(*file)) {
         return Err(StoreError::Missing { object: format!("{}/{file}", object()) });
     }
-    let fingerprint = fingerprint(&wanted);
-    let plan = {
-        let (folder, wanted) = (folder.clone(), wanted.clone());
-        let fingerprint = fingerprint.clone();
-        blocking(move || plan(&folder, &wanted, &fingerprint)).await?
-    };
-    let fetched = plan.missing.len();
-    let bytes_fetched = plan.missing.iter().map(|(_, entry)| entry.bytes).sum();
-    if !plan.is_complete {
-        fetch(store, dataset, &folder, plan.missing).await?;
-        let (folder, wanted) = (folder.clone(), wanted.clone());
-        let fingerprint = fingerprint.clone();
-        blocking(move || finish(&folder, &wanted, &fingerprint)).await?;
-    }
-    Ok(Staged {
-        path: dataset.file.as_ref().map_or_else(|| folder.clone(), |file| folder.join(file)),
-        folder,
-        fingerprint,
-        files: wanted.len(),
-        fetched,
-        bytes_fetched,
-        removed: plan.removed,
-        is_current: true,
+    let fingerprint = fingerprint(&files);
+    Ok(Arc::new(Wanted { files, fingerprint }))
+}
+
+/// Makes the folder what the store has. The folder is locked for this alone.
+async fn bring(
+    store: &dyn ObjectStore,
+    dataset: &DatasetRef,
+    folder: &Path,
+    wanted: &Arc<Wanted>,
+) -> Result<Done, StoreError> {
+    let (at, of) = (folder.to_owned(), wanted.clone());
+    let plan = blocking(move || plan(&at, &of)).await?;
+    let Plan { is_complete: false, missing, removed } = plan else { return Ok(Done::default()) };
+    let fetched = missing.len();
+    let bytes_fetched = missing.iter().map(|(_, entry)| entry.bytes).sum();
+    let at = folder.to_owned();
+    blocking(move || {
+        sweep(&at)?;
+        check_room(&at, bytes_fetched)
     })
+    .await?;
+    fetch(store, dataset, folder, missing).await?;
+    let (at, of) = (folder.to_owned(), wanted.clone());
+    blocking(move || finish(&at, &of)).await?;
+    Ok(Done { fetched, bytes_fetched, removed })
+}
+
+/// Removes what fetches that were killed left behind. Nobody else writes here.
+fn sweep(folder: &Path) -> Result<(), StoreError> {
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).map_err(StoreError::local("read", &folder))?.flatten() {
+            let Ok(kind) = entry.file_type() else { continue };
+            if kind.is_dir() {
+                folders.push(entry.path());
+            } else if entry.file_name().to_string_lossy().starts_with(ARRIVING) {
+                remove(&entry.path())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Looks whether there is room, before anything is fetched.
+fn check_room(folder: &Path, needed_bytes: u64) -> Result<(), StoreError> {
+    // A file system that does not say fails when it is full.
+    let free_bytes = disk(folder).map_or(u64::MAX, |disk| disk.available_bytes);
+    if needed_bytes == 0 || needed_bytes.saturating_add(RESERVE_BYTES) <= free_bytes {
+        return Ok(());
+    }
+    let folder = folder.to_owned();
+    Err(StoreError::NoRoom { folder, needed_bytes, reserve_bytes: RESERVE_BYTES, free_bytes })
 }
 
 /// The path of an object inside the folder; `None` for our own files and for what is no good path.
 fn inside(path: &str) -> Option<String> {
-    let is_ours =
-        path.split('/').any(|part| part.starts_with(".boxwright-") || part.starts_with(".arriving-"));
+    let is_ours = path.split('/').any(|part| part.starts_with(".boxwright-") || part.starts_with(ARRIVING));
     (fault_of_path(path).is_none() && !is_ours).then(|| path.to_owned())
 }
 
@@ -178,32 +277,37 @@ struct Plan {
     removed: usize,
 }
 
-/// Looks at the folder, and removes what the store no longer has.
-fn plan(
-    folder: &Path,
-    wanted: &BTreeMap<String, ObjectEntry>,
-    fingerprint: &str,
-) -> Result<Plan, StoreError> {
-    let there = journal(folder);
+/// What of the dataset is not in the folder yet, by the journal and the sizes of the files.
+fn missing(folder: &Path, there: &BTreeMap<String, Line>, wanted: &Wanted) -> Vec<(String, ObjectEntry)> {
     let is_here = |path: &String, entry: &ObjectEntry| {
         let line = there.get(path).is_some_and(|line| line.bytes == entry.bytes && line.etag == entry.etag);
         let size =
             || fs::symlink_metadata(folder.join(path)).ok().filter(fs::Metadata::is_file).map(|m| m.len());
         line && size() == Some(entry.bytes)
     };
-    let missing: Vec<(String, ObjectEntry)> = wanted
-        .iter()
-        .filter(|(path, entry)| !is_here(path, entry))
-        .map(|(path, entry)| (path.clone(), entry.clone()))
-        .collect();
-    let mark = fs::read_to_string(folder.join(COMPLETE)).unwrap_or_default();
-    if missing.is_empty() && mark.trim() == fingerprint {
+    let missing = wanted.files.iter().filter(|(path, entry)| !is_here(path, entry));
+    missing.map(|(path, entry)| (path.clone(), entry.clone())).collect()
+}
+
+fn is_marked(folder: &Path, wanted: &Wanted) -> bool {
+    fs::read_to_string(folder.join(COMPLETE)).is_ok_and(|mark| mark.trim() == wanted.fingerprint)
+}
+
+fn is_complete(folder: &Path, wanted: &Wanted) -> bool {
+    is_marked(folder, wanted) && missing(folder, &journal(folder), wanted).is_empty()
+}
+
+/// Looks at the folder, and removes what the store no longer has.
+fn plan(folder: &Path, wanted: &Wanted) -> Result<Plan, StoreError> {
+    let there = journal(folder);
+    let missing = missing(folder, &there, wanted);
+    if missing.is_empty() && is_marked(folder, wanted) {
         return Ok(Plan { is_complete: true, missing, removed: 0 });
     }
     // From here on the folder is not what the mark says.
     remove(&folder.join(COMPLETE))?;
     let mut removed = 0;
-    for path in there.keys().filter(|path| !wanted.contains_key(*path)) {
+    for path in there.keys().filter(|path| !wanted.files.contains_key(*path)) {
         remove(&folder.join(path))?;
         removed += 1;
         for parent in folder.join(path).ancestors().skip(1).take_while(|parent| *parent != folder) {
@@ -269,20 +373,16 @@ fn note(journal: &Mutex<File>, folder: &Path, line: Line) -> Result<(), StoreErr
 }
 
 /// Writes the journal anew, without what was before, and then the mark.
-fn finish(
-    folder: &Path,
-    wanted: &BTreeMap<String, ObjectEntry>,
-    fingerprint: &str,
-) -> Result<(), StoreError> {
+fn finish(folder: &Path, wanted: &Wanted) -> Result<(), StoreError> {
     let mut text = String::new();
-    for (path, entry) in wanted {
+    for (path, entry) in &wanted.files {
         let line = Line { path: path.clone(), bytes: entry.bytes, etag: entry.etag.clone() };
         let line = serde_json::to_string(&line).map_err(std::io::Error::other);
         text.push_str(&line.map_err(StoreError::local("write", &folder.join(JOURNAL)))?);
         text.push('\n');
     }
     write_whole(&folder.join(JOURNAL), text.as_bytes())?;
-    write_whole(&folder.join(COMPLETE), format!("{fingerprint}\n").as_bytes())
+    write_whole(&folder.join(COMPLETE), format!("{}\n", wanted.fingerprint).as_bytes())
 }
 
 /// A copy of an earlier time that is complete.
@@ -312,26 +412,6 @@ async fn kept(folder: PathBuf, dataset: &DatasetRef) -> Option<Staged> {
         tracing::warn!(folder = %staged.folder.display(), "the store cannot be asked; the dataset of an earlier time is used");
     }
     kept
-}
-
-/// Waits until no other process stages this dataset.
-async fn lock(folder: &Path) -> Result<File, StoreError> {
-    let path = folder.join(LOCK);
-    fs::create_dir_all(folder).map_err(StoreError::local("make the folder", folder))?;
-    let file = File::options().write(true).create(true).truncate(false).open(&path);
-    let file = file.map_err(StoreError::local("open", &path))?;
-    let begun = Instant::now();
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(fs::TryLockError::Error(error)) => return Err(StoreError::local("lock", &path)(error)),
-            Err(fs::TryLockError::WouldBlock) if begun.elapsed() > LOCK_LIMIT => {
-                let limit_ms = LOCK_LIMIT.as_millis() as u64;
-                return Err(StoreError::Timeout { what: format!("lock {}", path.display()), limit_ms });
-            }
-            Err(fs::TryLockError::WouldBlock) => tokio::time::sleep(LOCK_INTERVAL).await,
-        }
-    }
 }
 
 #[cfg(test)]

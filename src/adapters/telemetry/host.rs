@@ -77,7 +77,7 @@ impl Host {
 
 /// The file system that holds `path`.
 #[allow(clippy::unnecessary_cast)] // The widths of these fields differ between systems.
-fn disk(path: &Path) -> Option<Disk> {
+pub(crate) fn disk(path: &Path) -> Option<Disk> {
     let name = CString::new(path.as_os_str().as_bytes()).ok()?;
     let mut facts = std::mem::MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: `name` ends with a zero byte and `facts` has room for what the call writes.

@@ -15,6 +15,7 @@ use serde_json::json;
 
 pub use gpus::{GpuMemory, GpuProcess, GpuSample};
 pub use host::HostSample;
+pub(crate) use host::disk;
 pub use identity::worker_fields;
 
 use self::gpus::Gpus;

@@ -2,13 +2,21 @@
 
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
+
 use super::Recommendation;
 
 /// Longest task id made of a name, characters.
 const NAME_MAX: usize = 80;
 
-/// The job as YAML, with the reasons as comments above it where they are wanted. `device` is written when it is given.
-pub fn yaml(data: &Path, recommended: &Recommendation, device: Option<&str>, with_reasons: bool) -> String {
+/// The job as YAML, with the reasons as comments above it where they are wanted. `data` is where the data lie and
+/// `fingerprint` what they are; `device` is written when it is given.
+pub fn yaml(
+    (data, fingerprint): (&Path, &str),
+    recommended: &Recommendation,
+    device: Option<&str>,
+    with_reasons: bool,
+) -> String {
     let Recommendation { goal, imgsz, model, batch, epochs, warm_start, warnings, lines } = recommended;
     let mut out = format!("# Recommended by `boxwright recommend` for the goal {}.\n", goal.word());
     for line in lines.iter().filter(|_| with_reasons) {
@@ -18,10 +26,11 @@ pub fn yaml(data: &Path, recommended: &Recommendation, device: Option<&str>, wit
         out.push_str(&comment(&format!("warning: {warning}")));
     }
     out.push_str(&format!(
-        "model: {model}\ntype: yolo\ntask_id: {}_{}\ntrain:\n  data: {}\n  imgsz: {imgsz}\n  batch: {batch}\n  \
+        "model: {model}\ntype: yolo\ntask_id: {}_{}_{}\ntrain:\n  data: {}\n  imgsz: {imgsz}\n  batch: {batch}\n  \
          epochs: {epochs}\n",
         name_of(data),
         goal.word(),
+        digits(fingerprint, recommended),
         quoted(&data.to_string_lossy())
     ));
     if let Some(warm) = warm_start {
@@ -31,6 +40,15 @@ pub fn yaml(data: &Path, recommended: &Recommendation, device: Option<&str>, wit
         out.push_str(&format!("  device: {}\n", quoted(device)));
     }
     out
+}
+
+/// What tells this job from another on data of this name: the same data and values have the same digits. A job of the same
+/// name would replace what is stored of the other, which may be the one that it starts from.
+fn digits(fingerprint: &str, recommended: &Recommendation) -> String {
+    let Recommendation { imgsz, model, batch, epochs, warm_start, .. } = recommended;
+    let warm = warm_start.as_ref().map(|warm| (warm.task_id.as_str(), warm.map.to_bits()));
+    let hash = Sha256::digest(format!("{fingerprint}\n{imgsz} {model} {batch} {epochs} {warm:?}"));
+    hash[..4].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// One line, whatever names and paths hold.

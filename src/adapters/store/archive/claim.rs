@@ -65,6 +65,7 @@ pub async fn claim(
 fn nothing_yet(run: &RunRef) -> FilesBody {
     FilesBody {
         run: run.clone(),
+        continues: Vec::new(),
         moment: FilesMoment::Checkpoint,
         status: "running".into(),
         epoch: 0,

@@ -209,10 +209,7 @@ pub struct There {
 impl There {
     /// What has to be there still when the manifest is written.
     pub fn expected(&self) -> Expected<'_> {
-        match &self.object {
-            None => Expected::Nothing,
-            Some(object) => object.version.as_deref().map_or(Expected::Anything, Expected::Version),
-        }
+        Expected::of(self.object.as_ref())
     }
 
     /// A manifest of the same run by a later owner, or of a later run of the task, ends what this one does.
@@ -290,6 +287,7 @@ mod tests {
     fn body(instance: &str, machine: &str, fence: u64) -> FilesBody {
         FilesBody {
             run: RunRef { fence, machine_id: machine.into(), ..RunRef::sample(instance) },
+            continues: Vec::new(),
             moment: FilesMoment::Checkpoint,
             status: "running".into(),
             epoch: 1,

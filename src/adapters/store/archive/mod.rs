@@ -150,7 +150,7 @@ impl StoreSink {
             // Whoever took the run over meanwhile wrote a manifest of its own.
             let there = self.there(prefix).await?;
             there.fence(&body.run)?;
-            let same_run = there.manifest.as_ref().filter(|old| old.instance == body.run.instance);
+            let same_run = there.manifest.as_ref().filter(|old| body.is_of(&old.instance));
             let parent = same_run.and(there.sha256.clone());
             let mut manifest = Manifest::of(body, parent, now_unix_ms());
             if let Some(position) = sent.position {
@@ -212,7 +212,8 @@ impl StoreSink {
                 let path = key.strip_prefix(prefix.as_str()).and_then(|path| path.strip_prefix('/'));
                 path.and_then(checkpoint_iteration).is_some_and(|iteration| iteration < newest)
             };
-            let keys = listed.unwrap_or_default().into_iter().map(|entry| entry.key.as_str().to_owned());
+            let keys =
+                listed.unwrap_or_default().entries.into_iter().map(|entry| entry.key.as_str().to_owned());
             unnamed.extend(keys.filter(|key| is_older(key)));
         }
         unnamed.sort();

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{Manifest, Role};
-use super::{StoreError, StoreSink, now_unix_ms};
-use crate::adapters::store::{ObjectKey, found};
+use super::{StoreError, StoreSink, WRITE_TRIES_MAX, now_unix_ms};
+use crate::adapters::store::{Expected, ObjectKey, Versioned, found};
 use crate::job::delivery::FilesBody;
 
 /// Bytes of a pointer.
@@ -124,39 +124,71 @@ impl StoreSink {
             promoted_unix_ms: now_unix_ms(),
         };
         self.store.prepare(&self.better_bucket).await?;
-        let old = found(self.store.get_bytes(&self.better_bucket, &pointer_key, BYTES_MAX).await)?;
-        let old = match old.as_deref().map(serde_json::from_slice::<Pointer>) {
-            Some(Ok(old)) => Some(old),
-            Some(Err(error)) => {
-                tracing::warn!(%pointer_key, %error, "the pointer to promoted weights cannot be read and is replaced");
-                None
+        let place = Place { target, pointer_key, text_key };
+        let mut has_copied = false;
+        for _ in 0..WRITE_TRIES_MAX {
+            let seen =
+                found(self.store.get_versioned(&self.better_bucket, &place.pointer_key, BYTES_MAX).await)?;
+            let old = read_pointer(seen.as_ref(), &place.pointer_key);
+            if let Err(reason) = is_better(&new, old.as_ref()) {
+                // Another run of the study was promoted meanwhile, and our weights may lie in the place of its own.
+                if let Some(old) = old.filter(|old| has_copied && old.sha256 != new.sha256) {
+                    self.place(&old, &place).await?;
+                }
+                return Ok(format!("left: {reason}"));
             }
-            None => None,
-        };
-        if let Err(reason) = is_better(&new, old.as_ref()) {
-            return Ok(format!("left: {reason}"));
+            self.there(prefix).await?.fence(run)?;
+            // The pointer is written after the weights: until then the old one stands, and this is done again.
+            has_copied = true;
+            self.place(&new, &place).await?;
+            let text = serde_json::to_vec_pretty(&new).map_err(|error| StoreError::Refused {
+                what: format!("write {}", place.pointer_key),
+                source: Some(Box::new(error)),
+            })?;
+            let expected = Expected::of(seen.as_ref());
+            let written = self.store.put_if(&self.better_bucket, &place.pointer_key, text, expected).await?;
+            if written.is_some() {
+                tracing::info!(task_id = new.task_id, fitness, weights = new.weights, "weights promoted");
+                return Ok(format!("promoted: {}", self.store.url(&self.better_bucket, &place.target)));
+            }
         }
-        self.there(prefix).await?.fence(run)?;
-        // The pointer is written after the weights: until then the old one stands, and this is done again.
-        self.store.copy((&self.bucket, &source), (&self.better_bucket, &target)).await?;
-        let head = self.store.head(&self.better_bucket, &target).await?;
-        if head.sha256.as_ref().is_some_and(|sha256| *sha256 != new.sha256) || head.bytes != new.bytes {
+        Err(StoreError::Busy { object: format!("{}/{}", self.better_bucket, place.pointer_key) })
+    }
+
+    /// Copies the weights of a pointer to their place, and says beside them where they come from.
+    async fn place(&self, pointer: &Pointer, place: &Place) -> Result<(), StoreError> {
+        let source = pointer.source.strip_prefix(self.bucket.as_str()).unwrap_or(&pointer.source);
+        let source = ObjectKey::new(source.trim_start_matches('/'))?;
+        let target = (&self.better_bucket, &place.target);
+        self.store.copy((&self.bucket, &source), target).await?;
+        let head = self.store.head(target.0, target.1).await?;
+        if head.sha256.as_ref().is_some_and(|sha256| *sha256 != pointer.sha256) || head.bytes != pointer.bytes
+        {
             return Err(StoreError::Integrity {
-                object: new.weights,
-                expected: format!("{} bytes of sha256 {}", new.bytes, new.sha256),
+                object: pointer.weights.clone(),
+                expected: format!("{} bytes of sha256 {}", pointer.bytes, pointer.sha256),
                 found: format!("{} bytes of sha256 {}", head.bytes, head.sha256.unwrap_or_default()),
             });
         }
-        let text = serde_json::to_vec_pretty(&new).map_err(|error| StoreError::Refused {
-            what: format!("write {pointer_key}"),
-            source: Some(Box::new(error)),
-        })?;
-        self.store
-            .put_bytes(&self.better_bucket, &text_key, format!("{}\n", new.source).into_bytes())
-            .await?;
-        self.store.put_bytes(&self.better_bucket, &pointer_key, text).await?;
-        tracing::info!(task_id = new.task_id, fitness, weights = new.weights, "weights promoted");
-        Ok(format!("promoted: {}", self.store.url(&self.better_bucket, &target)))
+        let text = format!("{}\n", pointer.source).into_bytes();
+        self.store.put_bytes(&self.better_bucket, &place.text_key, text).await.map(|_| ())
+    }
+}
+
+/// Where the promoted weights of a study lie.
+struct Place {
+    target: ObjectKey,
+    pointer_key: ObjectKey,
+    text_key: ObjectKey,
+}
+
+fn read_pointer(seen: Option<&Versioned>, key: &ObjectKey) -> Option<Pointer> {
+    match serde_json::from_slice(&seen?.bytes) {
+        Ok(pointer) => Some(pointer),
+        Err(error) => {
+            tracing::warn!(%key, %error, "the pointer to promoted weights cannot be read and is replaced");
+            None
+        }
     }
 }
 

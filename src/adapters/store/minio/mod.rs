@@ -27,7 +27,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
 use super::{
-    BucketName, Expected, LocalFile, ObjectEntry, ObjectHead, ObjectKey, ObjectStore, Versioned, found, hex,
+    BucketName, Expected, Listed, LocalFile, ObjectHead, ObjectKey, ObjectStore, Versioned, found, hex,
 };
 use crate::job::secret::Secret;
 use crate::job::service::StoreConfig;
@@ -250,37 +250,27 @@ impl ObjectStore for MinioStore {
         self.read(bucket, key, bytes_max).await
     }
 
-    async fn list(
-        &self,
-        bucket: &BucketName,
-        prefix: &str,
-        items_max: usize,
-    ) -> Result<Vec<ObjectEntry>, StoreError> {
-        let mut entries: Vec<ObjectEntry> = Vec::new();
+    async fn list(&self, bucket: &BucketName, prefix: &str, items_max: usize) -> Result<Listed, StoreError> {
+        let mut listed = Listed::default();
         let mut after: Option<String> = None;
         for _ in 0..PAGES_MAX {
             let (items, is_truncated) = self.page(bucket, prefix, after.as_deref()).await?;
             let last = items.last().map(|item| item.name.clone());
-            for item in items.into_iter().filter(|item| !item.is_prefix) {
-                let Ok(key) = ObjectKey::new(item.name) else { continue };
+            // An object whose name ends so stands for an empty folder, as consoles make them.
+            let is_folder = |name: &str| name.ends_with('/');
+            for item in items.into_iter().filter(|item| !item.is_prefix && !is_folder(&item.name)) {
                 let etag = item.etag.unwrap_or_default().trim_matches('"').to_owned();
-                entries.push(ObjectEntry { key, bytes: item.size.unwrap_or(0), etag });
+                listed.add(item.name, item.size.unwrap_or(0), etag);
             }
-            if entries.len() > items_max {
-                return Err(StoreError::TooLarge {
-                    object: format!("the list of {bucket}/{prefix}"),
-                    bytes: entries.len() as u64,
-                    bytes_max: items_max as u64,
-                });
-            }
+            listed.check(bucket, prefix, items_max)?;
             if !is_truncated || last.is_none() || last == after {
                 break;
             }
             after = last;
         }
-        entries.sort();
-        entries.dedup_by(|a, b| a.key == b.key);
-        Ok(entries)
+        listed.entries.sort();
+        listed.entries.dedup_by(|a, b| a.key == b.key);
+        Ok(listed)
     }
 
     async fn delete(&self, bucket: &BucketName, key: &ObjectKey) -> Result<(), StoreError> {
