@@ -13,7 +13,7 @@ use super::intake::Taker;
 use super::keeper::Keeper;
 use super::recovery;
 use super::side_services::{self, Handles, SideServiceError, SideServices, Surroundings};
-use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor};
+use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor, end_log};
 use super::trainer::TrainerConfig;
 use crate::adapters::gpu::{GpuPort, NoGpus, ProbeProgram};
 use crate::adapters::queue::journal::Journal;
@@ -109,6 +109,9 @@ struct Counts {
 
 impl Observer for Tally {
     fn notice(&self, notice: &Notice) {
+        if let Notice::Left(record) = notice {
+            end_log(record);
+        }
         if let Ok(mut counts) = self.counts.lock() {
             match notice {
                 Notice::Left(record) if record.state == JobState::Completed => {
