@@ -20,6 +20,29 @@ fn a_service_that_ends_at_once_leaves_nothing_in_redis_for_ever() {
 }
 
 #[test]
+fn the_end_of_a_job_is_shown_by_the_next_start_when_the_service_was_killed_before() {
+    let Some(park) = Park::new() else { return };
+    let mut world = park.machine("box-1");
+    world.start();
+    park.push(&[("config", &stub_job("a", "steps=2"))]);
+    park.wait_result(&world, "a");
+    let ttl_ms = |key: &str| park.client().pttl::<_, i64>(key).expect("reads");
+    let is_ended = |key: &str| ttl_ms(key) > 0;
+    let keys = ["progress:a", "stream:a", "stream:a:offset"];
+    world.wait("the end to be shown", || keys.iter().all(|key| is_ended(key)).then_some(()));
+    world.kill_service();
+    // As it is when the last that was sent was on its way at the end.
+    let () = park.client().hset("progress:a", "status", "running").expect("set");
+    for key in keys {
+        let _: i64 = park.client().persist(key).expect("done");
+    }
+    world.start();
+    world.wait("the end to be shown again", || keys.iter().all(|key| is_ended(key)).then_some(()));
+    assert_eq!(park.hash("progress:a")["status"], "completed");
+    world.end_service(libc::SIGTERM);
+}
+
+#[test]
 fn a_key_that_is_in_the_way_of_one_job_hides_no_other() {
     let Some(park) = Park::new() else { return };
     let mut world = park.machine("box-1");
