@@ -319,6 +319,37 @@ async fn a_cluster_does_all_of_it() {
 }
 
 #[tokio::test]
+async fn the_documented_rights_are_enough_on_a_cluster() {
+    let Some(server) = cluster() else { return };
+    let rights = "~* &progress:* -@all +@read +@write +@stream +@scripting +@connection +@pubsub +time";
+    let mut words = vec!["ACL", "SETUSER", "worker", "on", ">pw"];
+    words.extend(rights.split(' '));
+    get::<String>(&server, &words);
+    let config = RedisConfig {
+        kind: RedisKind::Cluster,
+        username: Some("worker".into()),
+        password: Some(Secret::new("pw")),
+        ..config(&server)
+    };
+    handle(&config).ping().await.expect_err("it may not ask which node has what");
+    get::<String>(&server, &["ACL", "SETUSER", "worker", "+cluster|slots"]);
+    let fleet = handle(&config);
+    push(&server, "x", &[]);
+    fleet.ensure_groups().await.expect("groups");
+    let taken = fleet.take(1, 0, &[]).await.expect("taken");
+    let Acquired::Mine { fence, .. } =
+        fleet.acquire(&task("t"), "t-instance", 60_000).await.expect("an answer")
+    else {
+        panic!("held");
+    };
+    let body = result("t", "a", fence, json!(0.5), Some(taken[0].entry.clone()));
+    assert!(fleet.progress(&body.run, &[("EPOCH".into(), "1".into())], false).await.expect("shown"));
+    assert_eq!(fleet.announce(&[]).await.expect("alive"), Announced::Mine);
+    assert_eq!(fleet.publish_result(&body, fence).await.expect("published"), Published::Published);
+    assert!(fleet.log_end(&body.run).await.expect("ended"));
+}
+
+#[tokio::test]
 async fn a_cluster_that_is_away_is_told_in_time() {
     let Some(mut server) = cluster() else { return };
     let fleet = handle(&RedisConfig { kind: RedisKind::Cluster, ..config(&server) });
