@@ -63,6 +63,10 @@ async fn progress_is_a_hash_and_a_message() {
     assert_eq!(get::<String>(&server, &["HGET", "progress:t", "status"]), "running");
     assert_eq!(get::<i64>(&server, &["EXISTS", "EPOCH"]), 0);
     assert!(!plain.progress(&again, &[], false).await.expect("nothing to show"));
+    let brief = RedisConfig { progress_ttl_ms: 0, ..config(&server) };
+    let brief = Fleet::new(&brief, "a", "1").expect("a handle");
+    assert!(brief.progress(&run_ref("u", "a", 1), &earlier, true).await.expect("shown"));
+    wait("no lifetime at all", || (get::<i64>(&server, &["EXISTS", "progress:u"]) == 0).then_some(()));
 
     let both = RedisConfig { transposed_progress: true, ..config(&server) };
     let both = Fleet::new(&both, "a", "1").expect("a handle");

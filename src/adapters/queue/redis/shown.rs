@@ -71,7 +71,7 @@ impl Fleet {
         fields: &[(String, String)],
         is_final: bool,
     ) -> Result<bool, FleetError> {
-        let ttl_ms = if is_final { self.inner.config.progress_ttl_ms } else { 0 };
+        let ttl_ms = if is_final { self.progress_ttl_ms() } else { 0 };
         self.put_progress(run.into(), fields, "whole", ttl_ms).await
     }
 
@@ -80,7 +80,7 @@ impl Fleet {
     /// # Errors
     /// As every call.
     pub async fn progress_end(&self, run: &RunRef, fields: &[(String, String)]) -> Result<bool, FleetError> {
-        self.put_progress(run.into(), fields, "part", self.inner.config.progress_ttl_ms).await
+        self.put_progress(run.into(), fields, "part", self.progress_ttl_ms()).await
     }
 
     /// Shows something of a job that waits in the queue, for the configured time. False when a machine works on its task id.
@@ -96,7 +96,12 @@ impl Fleet {
             return Ok(false);
         }
         let nobody = Speaker { task_id, instance: "", fence: 0 };
-        self.put_progress(nobody, fields, "whole", self.inner.config.progress_ttl_ms).await
+        self.put_progress(nobody, fields, "whole", self.progress_ttl_ms()).await
+    }
+
+    /// Lifetime after the end. To a script 0 means that the job goes on.
+    fn progress_ttl_ms(&self) -> u64 {
+        self.inner.config.progress_ttl_ms.max(1)
     }
 
     async fn put_progress(
@@ -219,7 +224,7 @@ impl Fleet {
             part.to_offset,
             part.begin_offset,
             config.log_lines_max.max(1) as u64,
-            if part.is_final { config.log_ttl_ms } else { 0 },
+            if part.is_final { config.log_ttl_ms.max(1) } else { 0 },
         ];
         let [fence, from, to, begin, kept, ttl] = numbers.map(|number| number.to_string());
         let mut arguments = vec![self.inner.machine_id.as_bytes(), fence.as_bytes(), run.instance.as_bytes()];
