@@ -73,6 +73,7 @@ pub fn recover(
         };
         let settled = endings::settle(journal, &record, ending, config, now_unix_ms())?;
         tracing::info!(task_id = %settled.task_id, state = %settled.state, "recovered: {}", settled.reason);
+        super::supervisor::end_log(&settled);
         changed.push(settled);
     }
     Ok(changed)

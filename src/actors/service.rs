@@ -13,12 +13,14 @@ use super::intake::Taker;
 use super::keeper::Keeper;
 use super::recovery;
 use super::side_services::{self, Handles, SideServiceError, SideServices, Surroundings};
-use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor};
+use super::supervisor::{Introduce, IsIdle, KillAll, Notice, Observer, Shutdown, Supervisor, end_log};
 use super::trainer::TrainerConfig;
 use crate::adapters::gpu::{GpuPort, NoGpus, ProbeProgram};
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::lock::{LockError, ProcessLock};
 use crate::adapters::queue::{JobStore, QueueError};
+use crate::job::clock::now_unix_ms;
+use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
 use crate::job::slot::GpuChoice;
 use crate::job::state::JobState;
@@ -33,6 +35,10 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
 const ONCE_INTERVAL: Duration = Duration::from_millis(100);
 /// How long deliveries to side services may hold up the end of a service whose queue became empty.
 const ONCE_DELIVERY_LIMIT: Duration = Duration::from_secs(30);
+/// Jobs that ended within this time before a start are shown once more.
+const LATELY: Duration = Duration::from_secs(15 * 60);
+/// Newest jobs that are looked at for it.
+const LATELY_JOBS_MAX: u32 = 500;
 /// How long its goodbye to other machines may take.
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 
@@ -109,6 +115,9 @@ struct Counts {
 
 impl Observer for Tally {
     fn notice(&self, notice: &Notice) {
+        if let Notice::Left(record) = notice {
+            end_log(record);
+        }
         if let Ok(mut counts) = self.counts.lock() {
             match notice {
                 Notice::Left(record) if record.state == JobState::Completed => {
@@ -140,6 +149,14 @@ impl Tally {
     fn all_completed(&self) -> bool {
         self.counts.lock().is_ok_and(|counts| counts.not_completed.is_empty() && !counts.rejected)
     }
+}
+
+/// Jobs that ended shortly before a start, newest first. A service that was killed may not have shown that they did.
+fn ended_lately(journal: &Journal) -> Result<Vec<JobRecord>, QueueError> {
+    let since_unix_ms = now_unix_ms() - LATELY.as_millis() as i64;
+    let mut records = journal.recent(LATELY_JOBS_MAX)?;
+    records.retain(|record| record.finished_unix_ms.is_some_and(|at| at >= since_unix_ms));
+    Ok(records)
 }
 
 struct Actors {
@@ -277,7 +294,8 @@ impl Service {
         let mut journal = Journal::open(&self.state_dir)?;
         journal.limit_outbox(self.config.outbox.items_max);
         journal.set_dispatcher(self.handles.dispatcher(self.config.clone()));
-        recovery::recover(&mut journal, &self.config, &self.state_dir)?;
+        let mut left = recovery::recover(&mut journal, &self.config, &self.state_dir)?;
+        left.extend(ended_lately(&journal)?);
         let installation = side_services::installation(&journal)?;
         let taker = Taker { machine_id: self.config.machine_id.clone(), installation };
         let keeper = Keeper::start(journal)
@@ -300,6 +318,7 @@ impl Service {
             observer: observer.clone(),
         };
         let side = Arc::new(SideServices::start(&self.handles, &around)?);
+        side.show_again(left);
         self.tally.set_side(Some(side.clone()));
         let watcher = FolderWatcher::new(
             self.config.clone(),

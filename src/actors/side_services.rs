@@ -24,6 +24,7 @@ use crate::adapters::store::archive::StoreSink;
 use crate::adapters::store::{self, BucketName, ObjectStore, StoreError};
 use crate::adapters::tracking::{MlflowSink, TrackingError};
 use crate::job::delivery::SinkName;
+use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
 use crate::job::spec::SpecContext;
 
@@ -236,6 +237,14 @@ impl SideServices {
         }
         if let (Some(nudge), Notice::Left(_)) = (&self.consumer_nudge, notice) {
             nudge.notify_one();
+        }
+    }
+
+    /// Shows where jobs are that an earlier start of this service had in hand: it may have been killed before it did.
+    pub fn show_again(&self, records: Vec<JobRecord>) {
+        let Some(reporter) = &self.reporter else { return };
+        for record in records {
+            reporter.notice(&Notice::Left(Box::new(record)));
         }
     }
 

@@ -76,6 +76,12 @@ fn a_machine_cut_off_for_longer_than_the_lease_is_fenced_when_it_comes_back() {
         (Some("completed"), Some("other"))
     );
     assert_eq!(cut.stub("a", "steps").lines().count(), stopped_at, "its trainer is gone");
+    other.wait("the end to be shown", || {
+        let shown = park.hash("progress:a");
+        let is_shown = shown["MACHINE_ID"] == "other" && shown["status"] == "completed";
+        let ttl = |key: &str| park.client().pttl::<_, i64>(key).expect("reads");
+        (is_shown && ttl("progress:a") > 0 && ttl("stream:a") > 0).then_some(())
+    });
     for world in [&mut cut, &mut other] {
         world.end_service(libc::SIGTERM);
     }
@@ -275,7 +281,10 @@ fn a_job_that_requires_a_gpu_waits_for_a_machine_that_has_one() {
     plain.start();
     park.push(&[("config", &stub_job("a", "steps=2")), ("requires_gpu", "true")]);
     plain.wait_log("requires a GPU, which this machine lacks");
-    assert!(park.hash("progress:a")["reason"].contains("waits for a machine with a GPU"));
+    plain.wait("the reason to be shown", || {
+        let shown = park.hash("progress:a");
+        shown.get("reason")?.contains("waits for a machine with a GPU").then_some(())
+    });
     park.push(&[("config", &stub_job("b", "steps=2"))]);
     assert_eq!(park.wait_result(&plain, "b")["machine_id"], "plain", "others pass it");
     gifted.write(

@@ -16,6 +16,7 @@ mod secured;
 #[path = "../common/servers/mod.rs"]
 mod servers;
 mod shared_cache;
+mod shown;
 mod soak;
 mod tracking;
 #[allow(dead_code)]

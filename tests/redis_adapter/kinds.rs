@@ -5,13 +5,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use boxwright::adapters::queue::redis::{
-    Acquired, Announced, Fleet, FleetError, Logged, Published, Renewed, Retry, Warning,
+    Acquired, Announced, Fleet, FleetError, LogPart, Logged, Published, Renewed, Retry, Warning,
 };
+use boxwright::job::delivery::EpochBody;
 use boxwright::job::secret::Secret;
 use boxwright::job::service::{RedisConfig, RedisKind};
 use serde_json::json;
 
-use super::results::result;
+use super::results::{result, run_ref};
 use super::{TOPIC, config, get, names, push, task};
 use crate::servers::redis::RedisServer;
 use crate::servers::{Port, missing};
@@ -51,7 +52,8 @@ async fn a_user_with_few_rights_is_enough_and_lacking_ones_are_named() {
     fleet.ensure_groups().await.expect("groups");
     push(&server, "x", &[]);
     assert_eq!(fleet.take(1, 0, &[]).await.expect("taken").len(), 1);
-    fleet.progress(&task("t"), &[("EPOCH".into(), "1".into())], false).await.expect("shown");
+    let run = run_ref("t", "a", 1);
+    fleet.progress(&run, &[("EPOCH".into(), "1".into())], false).await.expect("shown");
     let warnings = fleet.warnings().await.expect("a note");
     assert!(matches!(&warnings[..], [Warning::Note(text)] if text.contains("does not show")), "{warnings:?}");
     get::<String>(&server, &["ACL", "SETUSER", "worker", "resetkeys", "~lease:*"]);
@@ -247,7 +249,7 @@ async fn sentinels_lead_to_the_master() {
 }
 
 /// A cluster of one node that has all slots.
-fn cluster() -> Option<RedisServer> {
+pub fn cluster() -> Option<RedisServer> {
     let server = RedisServer::start_cluster()?;
     get::<String>(&server, &["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
     crate::servers::wait("a whole cluster", || {
@@ -293,10 +295,13 @@ async fn a_cluster_does_all_of_it() {
     assert_eq!(a.holder(&task("t")).await.expect("an answer"), None);
     assert_eq!(get::<usize>(&server, &["XLEN", TOPIC]), 0);
 
-    a.progress(&task("t"), &[("EPOCH".into(), "1".into())], true).await.expect("shown");
-    let logged = a.log_lines(&task("t"), 0, 2, &["a\n".into()]).await.expect("logged");
-    assert_eq!(logged, Logged::Appended { offset: 2 });
-    a.log_end(&task("t")).await.expect("ended");
+    assert!(a.progress(&body.run, &[("EPOCH".into(), "1".into())], true).await.expect("shown"));
+    let lines = ["a\n".to_owned()];
+    let part = LogPart { from_offset: 0, to_offset: 2, begin_offset: 0, lines: &lines, is_final: false };
+    assert_eq!(a.log_lines(&body.run, part).await.expect("logged"), Logged::Appended { offset: 2 });
+    assert!(a.log_end(&body.run).await.expect("ended"));
+    let epoch = EpochBody { run: body.run.clone(), epoch: 1, metrics: Default::default(), at_unix_ms: 0 };
+    assert_eq!(a.publish_metrics(&epoch).await.expect("noted"), Published::Published);
     assert_eq!(a.announce(&[]).await.expect("alive"), Announced::Mine);
     assert_eq!(a.workers().await.expect("listed").len(), 1);
     assert!(a.cancelled(&[task("t")]).await.expect("none").is_empty());
@@ -311,6 +316,37 @@ async fn a_cluster_does_all_of_it() {
     assert!(a.bury(&held[0].entry, &held[0].fields, "why").await.expect("buried"));
     a.leave(&[]).await.expect("left");
     assert_eq!(b.steal(0, 5).await.expect("returned").returned, 1);
+}
+
+#[tokio::test]
+async fn the_documented_rights_are_enough_on_a_cluster() {
+    let Some(server) = cluster() else { return };
+    let rights = "~* &progress:* -@all +@read +@write +@stream +@scripting +@connection +@pubsub +time";
+    let mut words = vec!["ACL", "SETUSER", "worker", "on", ">pw"];
+    words.extend(rights.split(' '));
+    get::<String>(&server, &words);
+    let config = RedisConfig {
+        kind: RedisKind::Cluster,
+        username: Some("worker".into()),
+        password: Some(Secret::new("pw")),
+        ..config(&server)
+    };
+    handle(&config).ping().await.expect_err("it may not ask which node has what");
+    get::<String>(&server, &["ACL", "SETUSER", "worker", "+cluster|slots"]);
+    let fleet = handle(&config);
+    push(&server, "x", &[]);
+    fleet.ensure_groups().await.expect("groups");
+    let taken = fleet.take(1, 0, &[]).await.expect("taken");
+    let Acquired::Mine { fence, .. } =
+        fleet.acquire(&task("t"), "t-instance", 60_000).await.expect("an answer")
+    else {
+        panic!("held");
+    };
+    let body = result("t", "a", fence, json!(0.5), Some(taken[0].entry.clone()));
+    assert!(fleet.progress(&body.run, &[("EPOCH".into(), "1".into())], false).await.expect("shown"));
+    assert_eq!(fleet.announce(&[]).await.expect("alive"), Announced::Mine);
+    assert_eq!(fleet.publish_result(&body, fence).await.expect("published"), Published::Published);
+    assert!(fleet.log_end(&body.run).await.expect("ended"));
 }
 
 #[tokio::test]

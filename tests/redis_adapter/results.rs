@@ -12,7 +12,7 @@ use serde_json::{Map, Value as Json, json};
 use super::{TOPIC, fleet, get, push, ready, task};
 use crate::servers::redis::RedisServer;
 
-fn run_ref(id: &str, machine: &str, fence: u64) -> RunRef {
+pub fn run_ref(id: &str, machine: &str, fence: u64) -> RunRef {
     RunRef {
         task_id: task(id),
         instance: format!("{id}-instance"),
@@ -163,6 +163,40 @@ async fn metrics_of_an_epoch_replace_those_before() {
 }
 
 #[tokio::test]
+async fn the_history_of_metrics_is_that_of_the_last_run() {
+    let Some(server) = RedisServer::start() else { return };
+    let fleet = fleet(&server, "a");
+    let note = async |instance: &str, fence: u64, epoch: u32| {
+        let run = RunRef { instance: instance.into(), ..run_ref("t", "a", fence) };
+        let body = EpochBody { run, epoch, metrics: Map::new(), at_unix_ms: i64::from(epoch) };
+        fleet.publish_metrics(&body).await.expect("an answer")
+    };
+    let epochs = || -> Vec<u64> {
+        let rows: Vec<String> = get(&server, &["ZRANGE", "metrics:t", "0", "-1"]);
+        let epoch = |row: &String| serde_json::from_str::<Json>(row).expect("JSON")["epoch"].as_u64();
+        rows.iter().filter_map(epoch).collect()
+    };
+    for epoch in 1..=6 {
+        note("first", 10, epoch).await;
+    }
+    // The same task id again, with fewer epochs; a delivery that is repeated changes nothing.
+    for epoch in [1, 1, 2, 3] {
+        assert_eq!(note("second", 20, epoch).await, Published::Published);
+    }
+    assert_eq!(epochs(), [1, 2, 3]);
+    assert_eq!(note("first", 10, 5).await, Published::Duplicate, "what was late of the first run");
+    assert_eq!(epochs(), [1, 2, 3]);
+    // A run that goes on from the second epoch of the one before keeps its first two.
+    for epoch in [3, 4] {
+        note("third", 30, epoch).await;
+    }
+    assert_eq!(epochs(), [1, 2, 3, 4]);
+    assert_eq!(note("second", 20, 2).await, Published::Published);
+    assert_eq!(note("second", 20, 3).await, Published::Duplicate);
+    assert!(get::<i64>(&server, &["PTTL", "metrics:t:run"]) > 29 * 24 * 3_600_000);
+}
+
+#[tokio::test]
 async fn deliveries_of_the_outbox_are_made_once_and_wait_for_what_can_be_put_right() {
     let Some(mut server) = RedisServer::start() else { return };
     let fleet = fleet(&server, "a");
@@ -189,6 +223,9 @@ async fn deliveries_of_the_outbox_are_made_once_and_wait_for_what_can_be_put_rig
     let epoch = EpochBody { run: run_ref("t", "a", fence), epoch: 1, metrics: Map::new(), at_unix_ms: 0 };
     sink.deliver(&delivery(DeliveryBody::EpochMetrics(epoch))).await.expect("delivered");
     assert_eq!(get::<i64>(&server, &["ZCARD", "metrics:t"]), 1);
+    let shown: BTreeMap<String, String> = get(&server, &["HGETALL", "progress:t"]);
+    let of = |name: &str| shown[name].as_str();
+    assert_eq!((of("status"), of("progress"), of("eta_seconds")), ("completed", "100.0", ""));
     let old = delivery(DeliveryBody::Result(result("t", "a", fence - 1, json!(0.5), None)));
     assert!(matches!(sink.deliver(&old).await, Err(DeliveryError::Fenced { .. })));
     let alien = RunMetricsBody { run: run_ref("t", "a", fence), points: Vec::new() };

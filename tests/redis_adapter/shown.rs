@@ -3,14 +3,20 @@
 use std::collections::BTreeMap;
 
 use boxwright::adapters::queue::redis::{
-    Announced, CacheCounts, Fleet, GpuOwner, Logged, SlotReport, Warning,
+    Acquired, Announced, CacheCounts, Fleet, GpuOwner, LogPart, Logged, SlotReport, Warning,
 };
-use boxwright::job::service::RedisConfig;
+use boxwright::job::delivery::RunRef;
+use boxwright::job::service::{RedisConfig, RedisKind};
 use serde_json::Value as Json;
 
+use super::kinds::cluster;
+use super::results::run_ref;
 use super::{config, fleet, get, task};
 use crate::servers::redis::RedisServer;
 use crate::servers::wait;
+
+const NOTHING: LogPart<'_> =
+    LogPart { from_offset: 0, to_offset: 0, begin_offset: 0, lines: &[], is_final: false };
 
 fn fields(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
@@ -25,12 +31,11 @@ async fn progress_is_a_hash_and_a_message() {
     link.set_read_timeout(Some(std::time::Duration::from_secs(20))).expect("a limit");
     let mut channel = link.as_pubsub();
     channel.subscribe(&["progress:updates", "progress:updates:t"]).expect("subscribed");
-    plain
-        .progress(&task("t"), &fields(&[("EPOCH", "3"), ("status", "running")]), false)
-        .await
-        .expect("shown");
+    let run = run_ref("t", "a", 7);
+    plain.progress(&run, &fields(&[("EPOCH", "3"), ("status", "running")]), false).await.expect("shown");
     let shown: BTreeMap<String, String> = get(&server, &["HGETALL", "progress:t"]);
-    assert_eq!((shown["EPOCH"].as_str(), shown.len()), ("3", 2));
+    let of = |name: &str| shown[name].as_str();
+    assert_eq!((of("EPOCH"), of("MACHINE_ID"), of("fence"), of("instance")), ("3", "a", "7", "t-instance"));
     assert_eq!(get::<i64>(&server, &["PTTL", "progress:t"]), -1, "a running job's progress does not end");
     let mut channels = Vec::new();
     for _ in 0..2 {
@@ -42,18 +47,31 @@ async fn progress_is_a_hash_and_a_message() {
     }
     channels.sort();
     assert_eq!(channels, ["progress:updates", "progress:updates:t"]);
-    plain.progress(&task("t"), &fields(&[("status", "completed")]), true).await.expect("shown");
+    plain.progress_end(&run, &fields(&[("status", "completed")])).await.expect("shown");
     let ttl: i64 = get(&server, &["PTTL", "progress:t"]);
     assert!((1..=30 * 60_000).contains(&ttl), "{ttl}");
-    plain.progress(&task("t"), &fields(&[("status", "running")]), false).await.expect("shown");
+    assert_eq!(get::<String>(&server, &["HGET", "progress:t", "EPOCH"]), "3", "the rest stays");
+    let late = plain.progress(&run, &fields(&[("status", "running")]), false).await.expect("an answer");
+    assert!(!late, "what was on its way at the end comes too late");
+    assert!(get::<i64>(&server, &["PTTL", "progress:t"]) > 0);
+    let again = RunRef { instance: "again".into(), fence: 8, ..run.clone() };
+    assert!(plain.progress(&again, &fields(&[("status", "running")]), false).await.expect("shown"));
     assert_eq!(get::<i64>(&server, &["PTTL", "progress:t"]), -1, "it runs again");
+    assert_eq!(get::<i64>(&server, &["HLEN", "progress:t"]), 4, "nothing of the run before");
+    let earlier = fields(&[("status", "completed")]);
+    assert!(!plain.progress_end(&run, &earlier).await.expect("an answer"), "a late end of the run before");
+    assert_eq!(get::<String>(&server, &["HGET", "progress:t", "status"]), "running");
     assert_eq!(get::<i64>(&server, &["EXISTS", "EPOCH"]), 0);
-    plain.progress(&task("t"), &[], false).await.expect("nothing to show");
+    assert!(!plain.progress(&again, &[], false).await.expect("nothing to show"));
+    let brief = RedisConfig { progress_ttl_ms: 0, ..config(&server) };
+    let brief = Fleet::new(&brief, "a", "1").expect("a handle");
+    assert!(brief.progress(&run_ref("u", "a", 1), &earlier, true).await.expect("shown"));
+    wait("no lifetime at all", || (get::<i64>(&server, &["EXISTS", "progress:u"]) == 0).then_some(()));
 
     let both = RedisConfig { transposed_progress: true, ..config(&server) };
     let both = Fleet::new(&both, "a", "1").expect("a handle");
     let shown = fields(&[("EPOCH", "4"), ("training_queue", "no")]);
-    both.progress(&task("t"), &shown, false).await.expect("shown");
+    both.progress(&again, &shown, false).await.expect("shown");
     assert_eq!(get::<String>(&server, &["HGET", "EPOCH", "progress:t"]), "4");
     assert!((1..=1200).contains(&get::<i64>(&server, &["TTL", "EPOCH"])));
     assert_eq!(get::<String>(&server, &["TYPE", "training_queue"]), "none", "no key of ours is overwritten");
@@ -67,9 +85,12 @@ async fn every_line_of_a_log_arrives_once() {
     let small = RedisConfig { log_lines_max: 100, log_ttl_ms: 5_000, ..config(&server) };
     let a = Fleet::new(&small, "a", "1").expect("a handle");
     let lines = |from: usize, to: usize| (from..to).map(|i| format!("line {i:05}\n")).collect::<Vec<_>>();
+    let run = run_ref("t", "a", 1);
     let append = async |from: usize, to: usize| {
         let offsets = (from as u64 * 11, to as u64 * 11);
-        a.log_lines(&task("t"), offsets.0, offsets.1, &lines(from, to)).await.expect("an answer")
+        let part =
+            LogPart { from_offset: offsets.0, to_offset: offsets.1, lines: &lines(from, to), ..NOTHING };
+        a.log_lines(&run, part).await.expect("an answer")
     };
     assert_eq!(append(0, 3).await, Logged::Appended { offset: 33 });
     assert_eq!(append(0, 3).await, Logged::ContinueAt { offset: 33 }, "a repeated call appends nothing");
@@ -84,19 +105,106 @@ async fn every_line_of_a_log_arrives_once() {
 
     // Another machine continues the job with a log of its own.
     let b = Fleet::new(&small, "b", "1").expect("a handle");
-    let appended = b.log_lines(&task("t"), 0, 2, &["b\n".to_owned()]).await.expect("an answer");
+    let part = LogPart { to_offset: 2, lines: &["b\n".to_owned()], ..NOTHING };
+    let appended = b.log_lines(&run, part).await.expect("an answer");
     assert_eq!(appended, Logged::Appended { offset: 2 });
     assert_eq!(append(2_000, 2_001).await, Logged::Appended { offset: 22_011 });
 
-    a.log_end(&task("t")).await.expect("ended");
+    assert!(a.log_end(&run).await.expect("ended"));
     for key in ["stream:t", "stream:t:offset"] {
         assert!((1..=5_000).contains(&get::<i64>(&server, &["PTTL", key])));
     }
     assert_eq!(append(2_001, 2_002).await, Logged::Appended { offset: 22_022 });
     assert_eq!(get::<i64>(&server, &["PTTL", "stream:t"]), -1, "the job goes on");
+    let words = [String::from("the end\n")];
+    let last = LogPart { from_offset: 22_022, to_offset: 22_030, lines: &words, is_final: true, ..NOTHING };
+    assert_eq!(a.log_lines(&run, last).await.expect("an answer"), Logged::Appended { offset: 22_030 });
+    for key in ["stream:t", "stream:t:offset"] {
+        assert!(
+            (1..=5_000).contains(&get::<i64>(&server, &["PTTL", key])),
+            "the last words keep nothing alive"
+        );
+    }
     get::<String>(&server, &["FLUSHALL"]);
     assert_eq!(append(2_002, 2_003).await, Logged::ContinueAt { offset: 0 }, "the server lost it");
     assert_eq!(append(0, 5).await, Logged::Appended { offset: 55 });
+    // A run that begins behind what earlier ones left in the file does not send that again.
+    get::<String>(&server, &["FLUSHALL"]);
+    let begun = LogPart { begin_offset: 44, to_offset: 11, lines: &lines(0, 1), ..NOTHING };
+    assert_eq!(a.log_lines(&run, begun).await.expect("an answer"), Logged::ContinueAt { offset: 44 });
+    let begun = LogPart { from_offset: 44, to_offset: 55, begin_offset: 44, lines: &lines(4, 5), ..NOTHING };
+    assert_eq!(a.log_lines(&run, begun).await.expect("an answer"), Logged::Appended { offset: 55 });
+}
+
+/// One machine is cut off while another takes its job over and completes it.
+async fn cut_off(server: &RedisServer, config: &RedisConfig, fence_key: &str) {
+    let [a, b] = ["a", "b"].map(|name| Fleet::new(config, name, "1").expect("a handle"));
+    let own = async |fleet: &Fleet, instance: &str| {
+        let answer = fleet.acquire(&task("t"), instance, 60_000).await.expect("an answer");
+        let Acquired::Mine { fence, .. } = answer else { panic!("{answer:?}") };
+        RunRef { instance: instance.into(), ..run_ref("t", fleet.machine_id(), fence) }
+    };
+    let running = fields(&[("status", "running"), ("EPOCH", "9")]);
+    let words = ["word\n".to_owned()];
+    let part = LogPart { to_offset: 5, lines: &words, ..NOTHING };
+    let cut = own(&a, "training_queue/1-1").await;
+    assert!(a.progress(&cut, &running, false).await.expect("shown"));
+    assert_eq!(a.log_lines(&cut, part).await.expect("sent"), Logged::Appended { offset: 5 });
+    get::<i64>(server, &["DEL", "lease:t"]);
+    let heir = own(&b, "training_queue/1-1").await;
+    assert_eq!(
+        b.log_lines(&heir, LogPart { is_final: true, ..part }).await.expect("sent"),
+        Logged::Appended { offset: 5 }
+    );
+    assert!(b.progress(&heir, &fields(&[("status", "completed")]), true).await.expect("shown"));
+    let assert_unharmed = || {
+        let shown: BTreeMap<String, String> = get(server, &["HGETALL", "progress:t"]);
+        assert_eq!((shown["status"].as_str(), shown["MACHINE_ID"].as_str()), ("completed", "b"));
+        assert!(["progress:t", "stream:t"].iter().all(|key| get::<i64>(server, &["PTTL", key]) > 0));
+        assert_eq!(get::<usize>(server, &["XLEN", "stream:t"]), 2);
+    };
+    // The link of the first is back before its heartbeat has told it.
+    let more = LogPart { from_offset: 5, to_offset: 10, ..part };
+    for _ in 0..2 {
+        assert!(!a.progress(&cut, &running, false).await.expect("an answer"));
+        assert!(!a.progress_end(&cut, &running).await.expect("an answer"));
+        assert_eq!(a.log_lines(&cut, more).await.expect("an answer"), Logged::Fenced);
+        assert!(!a.log_end(&cut).await.expect("an answer"));
+        assert_unharmed();
+        // The same when the task id was submitted again meanwhile, and that run has ended on the other machine too.
+        get::<i64>(server, &["HSET", fence_key, "instance", "training_queue/2-1"]);
+    }
+    // The progress may have ended its time; the number is remembered for longer.
+    get::<i64>(server, &["DEL", "progress:t"]);
+    assert!(!a.progress(&cut, &running, false).await.expect("an answer"));
+    assert_eq!(get::<i64>(server, &["EXISTS", "progress:t"]), 0);
+    // A job of a folder has numbers of another clock: it is shown.
+    let own_job = RunRef { instance: "of a folder".into(), ..run_ref("t", "a", 1) };
+    assert!(a.progress(&own_job, &running, false).await.expect("shown"));
+}
+
+#[tokio::test]
+async fn a_machine_that_was_cut_off_shows_nothing_over_the_job_of_another() {
+    let Some(server) = RedisServer::start() else { return };
+    cut_off(&server, &config(&server), "fence:t").await;
+}
+
+#[tokio::test]
+async fn on_a_cluster_it_shows_nothing_either() {
+    let Some(server) = cluster() else { return };
+    let config = RedisConfig { kind: RedisKind::Cluster, ..config(&server) };
+    cut_off(&server, &config, "{lease:t}:fence").await;
+}
+
+#[tokio::test]
+async fn a_waiting_job_is_shown_unless_a_machine_works_on_its_task_id() {
+    let Some(server) = RedisServer::start() else { return };
+    let fleet = fleet(&server, "a");
+    let waits = fields(&[("status", "queued")]);
+    assert!(fleet.progress_of_waiting(&task("t"), &waits).await.expect("shown"));
+    assert!(get::<i64>(&server, &["PTTL", "progress:t"]) > 0);
+    fleet.acquire(&task("t"), "q/1-1", 60_000).await.expect("an answer");
+    assert!(!fleet.progress_of_waiting(&task("t"), &waits).await.expect("an answer"));
 }
 
 #[tokio::test]

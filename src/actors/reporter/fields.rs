@@ -1,5 +1,6 @@
 //! The fields of a progress hash.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use serde_json::Value as Json;
@@ -23,25 +24,43 @@ pub(super) struct Shown {
     epoch: Json,
     plan: Json,
     checkpoint: Json,
+    pace: Option<Pace>,
+}
+
+/// How far this attempt has come in what time: two looks at the clock and at the percentage.
+#[derive(Clone, Copy)]
+struct Pace {
+    attempt: u32,
+    from: (i64, f64),
+    to: (i64, f64),
 }
 
 impl Shown {
+    /// What is shown of a record that nothing was heard of yet: its place is that of the last sign of progress in the journal.
     pub(super) fn new(record: JobRecord) -> Self {
-        let null = || Json::Null;
-        Self {
-            record,
-            is_dirty: true,
-            is_log_complete: false,
-            step: null(),
-            epoch: null(),
-            plan: null(),
-            checkpoint: null(),
-        }
+        let known = record.progress.clone().unwrap_or_default();
+        let (epoch, checkpoint) = (known["last_epoch"].clone(), known["last_checkpoint"].clone());
+        // Before the first epoch a `batch` in it is the size of one.
+        let (step, plan) = if known["epoch"].is_u64() { (known, Json::Null) } else { (Json::Null, known) };
+        Self { record, is_dirty: true, is_log_complete: false, step, epoch, plan, checkpoint, pace: None }
+    }
+
+    /// True when something of it may be to be shown: it changed, or its log may have grown.
+    pub(super) fn is_wanted(&self) -> bool {
+        let state = self.record.state;
+        self.is_dirty || state.has_process() || state.is_terminal()
     }
 
     pub(super) fn record(&mut self, record: JobRecord) {
-        self.record = record;
-        (self.is_dirty, self.is_log_complete) = (true, false);
+        match record.seq.cmp(&self.record.seq) {
+            // Word of an earlier run that came late.
+            Ordering::Less => {}
+            Ordering::Equal => {
+                self.record = record;
+                (self.is_dirty, self.is_log_complete) = (true, false);
+            }
+            Ordering::Greater => *self = Self::new(record),
+        }
     }
 
     pub(super) fn event(&mut self, event: &Json) {
@@ -56,6 +75,12 @@ impl Shown {
         if self.record.state == JobState::Preparing && event["event"] != "checkpoint" {
             // The supervisor's record of it comes with the end; what is shown need not wait.
             self.record.state = JobState::Running;
+        }
+        if matches!(event["event"].as_str(), Some("step" | "epoch")) {
+            let now = (event["time_unix_ms"].as_i64().unwrap_or_else(now_unix_ms), self.percent());
+            let attempt = self.record.attempts;
+            let known = self.pace.filter(|pace| pace.attempt == attempt);
+            self.pace = Some(Pace { attempt, from: known.map_or(now, |pace| pace.from), to: now });
         }
         self.is_dirty = true;
     }
@@ -78,9 +103,8 @@ impl Shown {
         put("DEBUG_MODE", debug.unwrap_or_else(|| "False".to_owned()));
         let local = OffsetDateTime::now_local().unwrap_or_else(|_| OffsetDateTime::now_utc());
         put("datetime", local.format(&Rfc3339).unwrap_or_default());
-        if let Some(class) = record.class {
-            put("error_class", class.to_string());
-        }
+        put("error_class", record.class.map(|class| class.to_string()).unwrap_or_default());
+        put("eta_seconds", self.seconds_left().map(|left_s| format!("{left_s:.0}")).unwrap_or_default());
         if let Some(sample) = machine {
             fields.extend(sample.progress_fields());
         }
@@ -89,9 +113,7 @@ impl Shown {
 
     /// Where it is: trials, epochs, batches.
     fn place(&self, fields: &mut BTreeMap<String, String>) {
-        let spec = &self.record.spec;
-        let trials = spec.effective["sweeper"]["n_trials"].as_u64().unwrap_or(1).max(1);
-        let trial = u64::from(spec.trial_number);
+        let (trial, trials) = (u64::from(self.record.spec.trial_number), self.trials());
         let (epoch, epochs) = (self.epoch_now(), self.epochs());
         let batch = self.step["batch"].as_u64();
         let batches = self.step["batches"].as_u64().or(self.plan["batches"].as_u64());
@@ -105,6 +127,10 @@ impl Shown {
         put("EPOCH_BATCH", batch.unwrap_or(0).to_string());
         put("TOTAL_BATCHES", batches.unwrap_or(0).to_string());
         put("progress", format!("{:.1}", self.percent()));
+    }
+
+    fn trials(&self) -> u64 {
+        self.record.spec.effective["sweeper"]["n_trials"].as_u64().unwrap_or(1).max(1)
     }
 
     fn epochs(&self) -> u64 {
@@ -137,16 +163,19 @@ impl Shown {
         let until = record.finished_unix_ms.unwrap_or_else(now_unix_ms);
         let elapsed_s = (until - started).max(0) as f64 / 1000.0;
         fields.insert("elapsed_time".into(), format!("{elapsed_s:.3}"));
-        let trial = f64::from(record.spec.trial_number);
+        let (trial, trials) = (f64::from(record.spec.trial_number), self.trials() as f64);
         let epoch = self.epoch_now().max(1) as f64;
         // The estimate of the older workers, kept as it was.
-        let total = elapsed_s * (self.epochs() as f64 * (trial + 1.0)) / ((trial + 1.0) * epoch);
-        fields.insert("result_time".into(), format!("{total:.3}"));
-        let percent = self.percent();
-        if record.state == JobState::Running && percent > 0.0 {
-            let left_s = elapsed_s * (100.0 - percent) / percent;
-            fields.insert("eta_seconds".into(), format!("{left_s:.0}"));
-        }
+        let total_s = elapsed_s * (self.epochs() as f64 * (trials + 1.0)) / ((trial + 1.0) * epoch);
+        fields.insert("result_time".into(), format!("{total_s:.3}"));
+    }
+
+    /// What is left at the pace of this attempt: time in which nothing ran, or something was repeated, says nothing of it.
+    fn seconds_left(&self) -> Option<f64> {
+        let pace = self.pace.filter(|pace| pace.attempt == self.record.attempts)?;
+        let (took_ms, came) = (pace.to.0 - pace.from.0, pace.to.1 - pace.from.1);
+        let is_known = self.record.state == JobState::Running && took_ms > 0 && came > 0.0;
+        is_known.then(|| took_ms as f64 / 1000.0 * (100.0 - pace.to.1) / came)
     }
 
     fn figures(&self, fields: &mut BTreeMap<String, String>) {
@@ -182,77 +211,4 @@ fn ratio(part: f64, whole: f64) -> String {
 /// A value as text, without the quotes of a text.
 fn plain(value: &Json) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::adapters::queue::JobStore;
-    use crate::adapters::queue::journal::Journal;
-    use crate::job::record::{Change, NewJob};
-    use crate::job::spec::JobSpec;
-
-    #[test]
-    fn a_running_job_shows_every_documented_field() {
-        let config = ServiceConfig::default();
-        let mut journal = Journal::in_memory().expect("opens");
-        let text =
-            b"model: yolov8n\ntype: yolo\ntask_id: a\nsweeper: {n_trials: 4}\ntrain: {data: d, epochs: 10}\n";
-        let spec = JobSpec::load(text, "t", &config.spec_context("/w".into())).expect("valid").spec;
-        let run_dir = spec.run_dir();
-        let new = NewJob {
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            run_dir,
-            reason: "waits".into(),
-            shared: None,
-            continues: None,
-        };
-        let record = journal.accept(new, None).expect("accepted");
-        let mut shown = Shown::new(journal.begin_attempt(record.seq, "starts").expect("legal"));
-        let get = |shown: &Shown, name: &str| {
-            let fields = shown.fields(&config, Some(&Sample::default()));
-            fields.into_iter().find(|(known, _)| known == name).map(|(_, value)| value).unwrap_or_default()
-        };
-        assert_eq!((get(&shown, "status").as_str(), get(&shown, "EPOCH").as_str()), ("preparing", "0"));
-        shown
-            .event(&json!({"event": "step", "epoch": 3, "epochs": 10, "batch": 5, "batches": 10, "lr": 0.01,
-            "box_loss": 1.5, "images_per_second": 50.0}));
-        shown.event(
-            &json!({"event": "epoch", "epoch": 2, "epochs": 10, "columns": {"metrics/mAP50(B)": 0.5}}),
-        );
-        for (name, value) in [
-            ("status", "running"),
-            ("TRIAL_NUMBER", "1"),
-            ("TOTAL_TRIALS", "4"),
-            ("TRIAL_PROGRESS", "0.2500"),
-            ("EPOCH", "3"),
-            ("TOTAL_EPOCHS", "10"),
-            ("EPOCH_PROGRESS", "0.3000"),
-            ("EPOCH_BATCH", "5"),
-            ("progress", "25.0"),
-            ("loss_box", "1.5"),
-            ("metric_metrics/mAP50(B)", "0.5"),
-            ("attempt", "1"),
-        ] {
-            assert_eq!(get(&shown, name), value, "{name}");
-        }
-        for name in [
-            "datetime",
-            "elapsed_time",
-            "result_time",
-            "DEBUG_MODE",
-            "WORKER_HOSTNAME",
-            "processes",
-            "task_id",
-        ] {
-            assert!(!get(&shown, name).is_empty(), "{name}");
-        }
-        let done = journal.change(record.seq, Change::to(JobState::Completed, "done")).expect("legal");
-        shown.record(done);
-        assert_eq!(get(&shown, "progress"), "100.0");
-    }
 }

@@ -1,11 +1,11 @@
 //! Lines of a job's log on their way to its stream.
 
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::LOG_BYTES_MAX;
-use crate::adapters::queue::redis::{Fleet, FleetError, Logged};
-use crate::job::ids::TaskId;
+use crate::adapters::queue::redis::{Fleet, FleetError, LogPart, Logged};
+use crate::job::delivery::RunRef;
 
 /// Calls for one log in one flush.
 const CALLS_MAX: usize = 64;
@@ -21,25 +21,42 @@ struct Part {
     is_last: bool,
 }
 
-/// Sends what the stream lacks of the log at `path`, of which it has the bytes before `from` as far as is known. Returns
-/// how far it reaches now, and whether that is the end of the log.
+/// A log on this machine.
+pub(super) struct JobLog {
+    pub(super) path: PathBuf,
+    /// Byte at which this run's part of it begins.
+    pub(super) begin: u64,
+    /// Lines that the stream keeps.
+    pub(super) lines_max: usize,
+    /// The job has ended.
+    pub(super) is_final: bool,
+}
+
+/// Sends what the stream lacks of a log, of which it has the bytes before `from` as far as is known. Returns how far it
+/// reaches now, and whether that is the end of the log (or another machine's matter by now).
 pub(super) async fn send(
     fleet: &Fleet,
-    task_id: &TaskId,
-    path: &Path,
+    run: &RunRef,
+    log: &JobLog,
     from: u64,
-    lines_max: usize,
 ) -> Result<(u64, bool), FleetError> {
-    let mut at = from;
+    let (mut at, lines_max) = (from, log.lines_max);
     for _ in 0..CALLS_MAX {
-        let file = path.to_owned();
+        let file = log.path.clone();
         let part = tokio::task::spawn_blocking(move || read(&file, at, lines_max)).await;
         // A log that cannot be read is no reason to hold up anything; the file itself is there for people.
         let Ok(Ok(part)) = part else { return Ok((at, true)) };
         if part.lines.is_empty() {
             return Ok((part.to, true));
         }
-        match fleet.log_lines(task_id, part.from, part.to, &part.lines).await? {
+        let lines = LogPart {
+            from_offset: part.from,
+            to_offset: part.to,
+            begin_offset: log.begin,
+            lines: &part.lines,
+            is_final: log.is_final,
+        };
+        match fleet.log_lines(run, lines).await? {
             Logged::Appended { offset } => {
                 at = offset;
                 if part.is_last {
@@ -47,6 +64,7 @@ pub(super) async fn send(
                 }
             }
             Logged::ContinueAt { offset } => at = offset,
+            Logged::Fenced => return Ok((at, true)),
         }
     }
     Ok((at, false))

@@ -8,18 +8,22 @@
 
 mod fields;
 mod log;
+#[cfg(test)]
+mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::outgoing;
 use super::supervisor::Notice;
 use super::telemetry::Telemetry;
-use crate::adapters::logs::job_log_path;
-use crate::adapters::queue::redis::{Fleet, FleetError};
+use crate::adapters::logs::{job_log_begin, job_log_path};
+use crate::adapters::queue::redis::{Fleet, FleetError, Retry};
+use crate::job::delivery::RunRef;
 use crate::job::ids::TaskId;
 use crate::job::record::JobRecord;
 use crate::job::service::ServiceConfig;
@@ -62,7 +66,14 @@ impl Reporter {
     ) -> std::io::Result<Self> {
         let board = Arc::new(Board::default());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let mut round = Round { config, fleet, telemetry, board: board.clone(), logs: BTreeMap::new() };
+        let mut round = Round {
+            config,
+            fleet,
+            telemetry,
+            board: board.clone(),
+            logs: BTreeMap::new(),
+            refused: BTreeSet::new(),
+        };
         let thread = std::thread::Builder::new()
             .name("reporter".into())
             .spawn(move || runtime.block_on(round.run()))?;
@@ -112,6 +123,15 @@ struct Round {
     board: Arc<Board>,
     /// How far the log of each job was sent, as far as this process knows.
     logs: BTreeMap<TaskId, u64>,
+    /// Jobs of which something was refused, so that it is said once of each.
+    refused: BTreeSet<TaskId>,
+}
+
+/// A job of which something may be to be shown.
+struct Wanted {
+    run: RunRef,
+    seq: i64,
+    state: JobState,
 }
 
 impl Round {
@@ -119,7 +139,7 @@ impl Round {
         let mut failures = 0u32;
         loop {
             let must_end = self.board.must_end.load(Ordering::SeqCst);
-            let pause = match self.flush().await {
+            let pause = match self.flush(must_end).await {
                 Ok(()) => {
                     failures = 0;
                     FLUSH_INTERVAL
@@ -127,7 +147,7 @@ impl Round {
                 Err(error) => {
                     if failures == 0 {
                         // The consumer of the same server says it to people.
-                        tracing::debug!("progress is not shown: {}", error.chain());
+                        tracing::debug!("nothing is shown: {}", error.chain());
                     }
                     failures = failures.saturating_add(1);
                     PAUSE.saturating_mul(1 << (failures - 1).min(8)).min(PAUSE_MAX)
@@ -145,36 +165,56 @@ impl Round {
     }
 
     fn is_idle(&self) -> bool {
-        self.board.jobs.lock().map_or(true, |jobs| {
-            jobs.values().all(|shown| {
-                let state = shown.record.state;
-                !shown.is_dirty && !state.has_process() && !state.is_terminal()
-            })
-        })
+        self.board.jobs.lock().map_or(true, |jobs| !jobs.values().any(Shown::is_wanted))
     }
 
-    /// Shows everything that changed.
-    async fn flush(&mut self) -> Result<(), FleetError> {
-        let changed: Vec<JobRecord> = match self.board.jobs.lock() {
-            Ok(jobs) => {
-                let wanted = jobs.values().filter(|shown| {
-                    let state = shown.record.state;
-                    shown.is_dirty || state.has_process() || state.is_terminal()
-                });
-                wanted.map(|shown| shown.record.clone()).collect()
-            }
-            Err(_) => return Ok(()),
-        };
-        for record in changed {
-            self.show(&record.task_id).await?;
-            let is_complete = self.send_log(&record).await?;
-            // A moved job is shown by the machine that has it.
-            // Its last words may still be on their way to the file.
-            if record.state.is_terminal() && is_complete && self.was_complete(&record.task_id) {
-                self.forget(&record).await?;
-            }
+    /// Shows everything that changed. What the server refuses of one job does not keep the others from being shown.
+    async fn flush(&mut self, is_last: bool) -> Result<(), FleetError> {
+        for job in self.wanted() {
+            self.tell(&job, is_last).await?;
         }
         Ok(())
+    }
+
+    fn wanted(&self) -> Vec<Wanted> {
+        let Ok(jobs) = self.board.jobs.lock() else { return Vec::new() };
+        let wanted = jobs.values().filter(|shown| shown.is_wanted());
+        let of = |record: &JobRecord| Wanted {
+            run: outgoing::run_of(&self.config.machine_id, record),
+            seq: record.seq,
+            state: record.state,
+        };
+        wanted.map(|shown| of(&shown.record)).collect()
+    }
+
+    /// Shows one job; `is_last` when there is no later flush.
+    async fn tell(&mut self, job: &Wanted, is_last: bool) -> Result<(), FleetError> {
+        let shown = self.show(job).await;
+        self.weigh(job, shown)?;
+        let sent = self.send_log(job).await;
+        // A log that is refused is as good as sent.
+        let is_complete = self.weigh(job, sent)?.unwrap_or(true);
+        // A moved job is shown by the machine that has it.
+        // Its last words may still be on their way to the file.
+        if job.state.is_terminal() && is_complete && (self.was_complete(&job.run.task_id) || is_last) {
+            self.forget(job).await?;
+        }
+        Ok(())
+    }
+
+    /// Passes on an error that concerns all jobs: the server is away. One that concerns this job is named once.
+    fn weigh<T>(&mut self, job: &Wanted, outcome: Result<T, FleetError>) -> Result<Option<T>, FleetError> {
+        match outcome {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.retry() == Retry::Reconnect => Err(error),
+            Err(error) => {
+                let task_id = &job.run.task_id;
+                if self.refused.insert(task_id.clone()) {
+                    tracing::warn!(%task_id, "the job is not shown, or not all of it: {}", error.chain());
+                }
+                Ok(None)
+            }
+        }
     }
 
     /// True when the log was complete at an earlier flush after the end; notes that it is now.
@@ -183,51 +223,60 @@ impl Round {
         jobs.get_mut(task_id).is_none_or(|shown| std::mem::replace(&mut shown.is_log_complete, true))
     }
 
-    async fn show(&self, task_id: &TaskId) -> Result<(), FleetError> {
+    async fn show(&self, job: &Wanted) -> Result<(), FleetError> {
         let machine = self.telemetry.newest();
-        let Some((fields, is_final)) = self.board.jobs.lock().ok().and_then(|mut jobs| {
+        let task_id = &job.run.task_id;
+        let Some((run, fields, is_final)) = self.board.jobs.lock().ok().and_then(|mut jobs| {
             let shown = jobs.get_mut(task_id).filter(|shown| shown.is_dirty)?;
             shown.is_dirty = false;
             let state = shown.record.state;
+            // It may have become another run since it was looked for.
+            let run = outgoing::run_of(&self.config.machine_id, &shown.record);
             (state != JobState::Moved)
-                .then(|| (shown.fields(&self.config, machine.as_deref()), state.is_terminal()))
+                .then(|| (run, shown.fields(&self.config, machine.as_deref()), state.is_terminal()))
         }) else {
             return Ok(());
         };
-        let shown = self.fleet.progress(task_id, &fields, is_final).await;
-        if shown.is_err()
+        let shown = self.fleet.progress(&run, &fields, is_final).await;
+        if shown.as_ref().is_err_and(|error| error.retry() == Retry::Reconnect)
             && let Ok(mut jobs) = self.board.jobs.lock()
             && let Some(shown) = jobs.get_mut(task_id)
         {
             shown.is_dirty = true;
         }
-        shown
+        shown.map(drop)
     }
 
     /// Sends the lines of the log that were not sent. True when everything was.
-    async fn send_log(&mut self, record: &JobRecord) -> Result<bool, FleetError> {
-        if record.state == JobState::Moved {
+    async fn send_log(&mut self, job: &Wanted) -> Result<bool, FleetError> {
+        if job.state == JobState::Moved {
             return Ok(true);
         }
-        let path = job_log_path(&self.config.logging.dir, record.task_id.as_str());
-        let from = self.logs.get(&record.task_id).copied().unwrap_or(0);
-        let lines_max = self.config.redis.log_lines_max;
-        let (offset, is_complete) = log::send(&self.fleet, &record.task_id, &path, from, lines_max).await?;
-        self.logs.insert(record.task_id.clone(), offset);
+        let task_id = &job.run.task_id;
+        let log = log::JobLog {
+            path: job_log_path(&self.config.logging.dir, task_id.as_str()),
+            begin: job_log_begin(task_id.as_str()),
+            lines_max: self.config.redis.log_lines_max,
+            is_final: job.state.is_terminal(),
+        };
+        let from = self.logs.get(task_id).copied().unwrap_or(log.begin);
+        let (offset, is_complete) = log::send(&self.fleet, &job.run, &log, from).await?;
+        self.logs.insert(task_id.clone(), offset);
         Ok(is_complete)
     }
 
-    async fn forget(&mut self, record: &JobRecord) -> Result<(), FleetError> {
-        if record.state != JobState::Moved {
-            self.fleet.log_end(&record.task_id).await?;
+    async fn forget(&mut self, job: &Wanted) -> Result<(), FleetError> {
+        let task_id = &job.run.task_id;
+        if job.state != JobState::Moved {
+            let ended = self.fleet.log_end(&job.run).await;
+            self.weigh(job, ended)?;
         }
-        self.logs.remove(&record.task_id);
+        self.logs.remove(task_id);
+        self.refused.remove(task_id);
         if let Ok(mut jobs) = self.board.jobs.lock()
-            && jobs
-                .get(&record.task_id)
-                .is_some_and(|shown| shown.record.seq == record.seq && !shown.is_dirty)
+            && jobs.get(task_id).is_some_and(|shown| shown.record.seq == job.seq && !shown.is_dirty)
         {
-            jobs.remove(&record.task_id);
+            jobs.remove(task_id);
         }
         Ok(())
     }

@@ -264,7 +264,7 @@ impl Consumer {
                 ("reason".to_owned(), reason),
                 ("updated_unix_ms".to_owned(), now_unix_ms().to_string()),
             ];
-            self.parts.fleet.progress(task_id, &fields, true).await?;
+            self.parts.fleet.progress_of_waiting(task_id, &fields).await?;
         }
         self.parts.fleet.release(&taken.entry).await?;
         Ok(())

@@ -8,19 +8,30 @@ use serde_json::{Map, Value as Json};
 use super::{Busy, Supervisor, log_journal};
 use crate::actors::outgoing;
 use crate::adapters::gpu::Gpu;
+use crate::adapters::logs;
 use crate::adapters::telemetry::{GpuMemory, GpuSample, worker_fields};
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::MetricPoint;
 use crate::job::record::JobRecord;
+use crate::job::state::JobState;
 
-/// Gives the job's log the level and format that the job asked for; called before the first line about it.
+/// Gives the job's log the level and format that the job asked for; called before the first line about it. The file of a job
+/// that has begun stays until [`end_log`].
 pub(in crate::actors) fn prepare_log(record: &JobRecord) {
-    let spec = &record.spec;
-    crate::adapters::logs::set_job_log(
-        record.task_id.as_str(),
-        spec.log_level.as_deref(),
-        spec.log_format.as_deref(),
-    );
+    let (spec, task_id) = (&record.spec, record.task_id.as_str());
+    let has_begun = record.attempts > 0;
+    if has_begun && !record.state.is_terminal() {
+        logs::keep_job_log(task_id);
+    }
+    let is_new_run = !has_begun && record.state == JobState::Queued;
+    logs::set_job_log(task_id, spec.log_level.as_deref(), spec.log_format.as_deref(), is_new_run);
+}
+
+/// Lets the log file of a job that has ended go some time.
+pub(in crate::actors) fn end_log(record: &JobRecord) {
+    if record.state.is_terminal() {
+        logs::let_job_log_go(record.task_id.as_str());
+    }
 }
 
 /// What of a job's progress outlives the process that said it: a later attempt goes on from there.

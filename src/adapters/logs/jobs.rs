@@ -1,11 +1,11 @@
 //! One file for each job, written by one thread.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use tracing::Level;
@@ -18,6 +18,8 @@ const QUEUE_LINES_MAX: usize = 8192;
 const OPEN_FILES_MAX: usize = 16;
 /// A job's file is set aside (`.log.1`) when it has grown to this size.
 const FILE_BYTES_MAX: u64 = 64 << 20;
+/// Jobs of which something is remembered: settings, that the file is kept, where a run begins in it.
+const REMEMBERED_MAX: usize = 4096;
 
 /// What the writing thread is told.
 pub enum Message {
@@ -31,6 +33,8 @@ pub enum Message {
         level: Option<Level>,
         /// Format.
         format: Option<LogFormat>,
+        /// A run of the job begins: what is in the file by now is of earlier ones.
+        is_new_run: bool,
     },
     /// Leave.
     End,
@@ -45,13 +49,48 @@ pub struct JobLogs {
 /// The process-wide way to the writing thread, for [`set_job_log`].
 static SENDER: OnceLock<SyncSender<Message>> = OnceLock::new();
 
+/// What the process knows of the files beyond those of one writing thread.
+struct Known {
+    /// Jobs whose files are not removed.
+    kept: BTreeSet<String>,
+    /// Bytes that a job's file had when its present run began, where it had any.
+    begins: BTreeMap<String, u64>,
+}
+
+static KNOWN: Mutex<Known> = Mutex::new(Known { kept: BTreeSet::new(), begins: BTreeMap::new() });
+
+fn known() -> MutexGuard<'static, Known> {
+    // Both are whole after every statement, whoever panicked.
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// From now on the log file of this job is not removed to make room for others, until [`let_job_log_go`]. Beyond 4,096 such
+/// jobs it may be.
+pub fn keep_job_log(task_id: &str) {
+    let mut known = known();
+    if known.kept.len() < REMEMBERED_MAX {
+        known.kept.insert(task_id.to_owned());
+    }
+}
+
+/// The job has ended: its log file goes when others need the room and it is the oldest.
+pub fn let_job_log_go(task_id: &str) {
+    known().kept.remove(task_id);
+}
+
+/// The byte of a job's log file at which its present run begins; 0 when that is not known.
+pub fn job_log_begin(task_id: &str) -> u64 {
+    known().begins.get(task_id).copied().unwrap_or(0)
+}
+
 /// The log file of a job.
 pub fn job_log_path(log_dir: &Path, task_id: &str) -> PathBuf {
     log_dir.join("jobs").join(format!("{task_id}.log"))
 }
 
-/// Sets level and format of one job's log; words as in the configuration. Nothing happens without log files.
-pub fn set_job_log(task_id: &str, level: Option<&str>, format: Option<&str>) {
+/// Sets level and format of one job's log; words as in the configuration. With `is_new_run` the next line is the first of a
+/// run. Nothing happens without log files.
+pub fn set_job_log(task_id: &str, level: Option<&str>, format: Option<&str>, is_new_run: bool) {
     let Some(sender) = SENDER.get() else { return };
     let level = level.map(|word| match word {
         "TRACE" => Level::TRACE,
@@ -60,9 +99,9 @@ pub fn set_job_log(task_id: &str, level: Option<&str>, format: Option<&str>) {
         "ERROR" => Level::ERROR,
         _ => Level::INFO,
     });
-    let settings =
-        Message::Settings { task_id: task_id.to_owned(), level, format: format.map(LogFormat::parse) };
-    // Losing it would lose a preference of spelling, nothing else.
+    let format = format.map(LogFormat::parse);
+    let settings = Message::Settings { task_id: task_id.to_owned(), level, format, is_new_run };
+    // Losing it would lose a preference of spelling, and show lines of an earlier run again; nothing else.
     let _ = sender.try_send(settings);
 }
 
@@ -125,15 +164,32 @@ impl Writer {
         while let Ok(message) = receiver.recv() {
             match message {
                 Message::End => break,
-                Message::Settings { task_id, level, format } => {
-                    if self.settings.len() > 4096 {
+                Message::Settings { task_id, level, format, is_new_run } => {
+                    if self.settings.len() > REMEMBERED_MAX {
                         self.settings.clear();
+                    }
+                    if is_new_run {
+                        self.note_begin(&task_id);
                     }
                     self.settings.insert(task_id, Settings { level, format });
                 }
                 // A full disk loses lines of the log; the job's own files and the journal report it.
                 Message::Line(line) => drop(self.write(&line)),
             }
+        }
+    }
+
+    /// Notes where in its file the run of a job begins.
+    fn note_begin(&self, task_id: &str) {
+        let path = self.dir.join(format!("{task_id}.log"));
+        let bytes = path.metadata().map_or(0, |metadata| metadata.len());
+        let begins = &mut known().begins;
+        begins.remove(task_id);
+        if bytes > 0 {
+            if begins.len() >= REMEMBERED_MAX {
+                begins.clear();
+            }
+            begins.insert(task_id.to_owned(), bytes);
         }
     }
 
@@ -180,8 +236,9 @@ impl Writer {
         Ok(())
     }
 
-    /// Removes the oldest files so that one more fits the limit.
-    fn prune(&self) {
+    /// Removes the oldest files of jobs that have not begun or have ended, so that one more fits the limit. Files of jobs
+    /// that have begun stay, however old: an epoch may last for days.
+    fn prune(&mut self) {
         let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
         let mut files: Vec<_> = entries
             .filter_map(|entry| {
@@ -191,9 +248,25 @@ impl Writer {
             .collect();
         files.sort();
         let surplus = (files.len() + 1).saturating_sub(self.files_max);
-        for (_, path) in files.into_iter().take(surplus) {
+        let doomed: Vec<PathBuf> = {
+            let known = known();
+            let is_kept = |path: &Path| job_of(path).is_some_and(|task_id| known.kept.contains(task_id));
+            let free = files.into_iter().map(|(_, path)| path).filter(|path| !is_kept(path));
+            free.take(surplus).collect()
+        };
+        for path in doomed {
+            // Lines of a job that begins after all must not go into a file that is no longer there.
+            if let Some(task_id) = job_of(&path) {
+                self.files.remove(task_id);
+            }
             // What cannot be removed now is tried again with the next job.
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// The job of a file.
+fn job_of(path: &Path) -> Option<&str> {
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(".log").or_else(|| name.strip_suffix(".log.1"))
 }

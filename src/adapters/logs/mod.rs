@@ -18,7 +18,7 @@ use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 
-pub use jobs::{JobLogs, job_log_path, set_job_log};
+pub use jobs::{JobLogs, job_log_begin, job_log_path, keep_job_log, let_job_log_go, set_job_log};
 pub use layer::{LogLayer, Sink};
 pub use line::{LogFormat, LogLine};
 
@@ -39,7 +39,7 @@ pub struct LogOptions {
     pub dir: Option<PathBuf>,
     /// Daily files kept.
     pub files_max: usize,
-    /// Job files kept.
+    /// Job files kept. Those of jobs that have begun and not ended are, also beyond the number.
     pub job_files_max: usize,
 }
 

@@ -89,3 +89,54 @@ fn old_job_files_go() {
     let left = std::fs::read_dir(folder.path().join("jobs")).expect("a folder").count();
     assert_eq!(left, 3);
 }
+
+#[test]
+fn the_files_of_jobs_that_run_stay() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let jobs = JobLogs::start(folder.path().join("jobs"), LogFormat::Simple, 3).expect("starts");
+    let say = |id: &str| {
+        let line = LogLine { task_id: Some(id.to_owned()), ..line() };
+        jobs.sender().send(super::jobs::Message::Line(line)).expect("runs");
+    };
+    keep_job_log("a-job-that-runs");
+    say("a-job-that-runs");
+    for index in 0..8 {
+        say(&format!("job{index}"));
+    }
+    // The thread is through with what was said when it takes this.
+    let wait = |left: usize| {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let count = || std::fs::read_dir(folder.path().join("jobs")).expect("a folder").count();
+        while count() != left || !job_log_path(folder.path(), "job7").exists() {
+            assert!(std::time::Instant::now() < deadline, "{} files", count());
+            std::thread::yield_now();
+        }
+    };
+    wait(3);
+    assert!(job_log_path(folder.path(), "a-job-that-runs").exists(), "it is the oldest, and runs");
+    let_job_log_go("a-job-that-runs");
+    say("job8");
+    drop(jobs);
+    assert!(!job_log_path(folder.path(), "a-job-that-runs").exists(), "it has ended");
+}
+
+#[test]
+fn a_run_begins_where_the_file_of_earlier_ones_ends() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let id = "run-again";
+    for run in 0..2 {
+        let jobs = JobLogs::start(folder.path().join("jobs"), LogFormat::Simple, 3).expect("starts");
+        let task_id = id.to_owned();
+        let settings =
+            super::jobs::Message::Settings { task_id, level: None, format: None, is_new_run: true };
+        jobs.sender().send(settings).expect("runs");
+        let line = LogLine { task_id: Some(id.to_owned()), message: format!("run {run}"), ..line() };
+        jobs.sender().send(super::jobs::Message::Line(line)).expect("runs");
+        drop(jobs);
+    }
+    let text = std::fs::read_to_string(job_log_path(folder.path(), id)).expect("written");
+    let begin = job_log_begin(id) as usize;
+    assert!(text[..begin].contains("run 0") && text[begin..].contains("run 1"), "{begin}: {text}");
+    assert!(!text[begin..].contains("run 0"));
+    assert_eq!(job_log_begin("never-heard-of"), 0);
+}

@@ -88,6 +88,11 @@ impl Keys {
         format!("metrics:{task_id}")
     }
 
+    /// The run that the metrics of a task are of.
+    pub(super) fn metrics_run(&self, task_id: &str) -> String {
+        beside(&self.metrics(task_id), "run", self.is_cluster)
+    }
+
     pub(super) fn machine(&self, machine: &str) -> String {
         format!("machine:{machine}")
     }

@@ -32,7 +32,7 @@ pub use error::{FleetError, Retry};
 pub use lease::{Acquired, Renewed};
 pub use presence::{Announced, GpuOwner, Machine, SlotReport, WorkerView};
 pub use results::Published;
-pub use shown::Logged;
+pub use shown::{LogPart, Logged};
 pub use side::{CacheCounts, Warning};
 pub use sink::RedisSink;
 pub use take::{QueueKind, Taken};

@@ -148,14 +148,16 @@ impl Fleet {
         Ok(matches!(kind.as_str(), "stream" | "none"))
     }
 
-    /// Notes the metrics of an epoch in the history of its task; a second note of the epoch replaces the first.
+    /// Notes the metrics of an epoch in the history of its task; a second note of the epoch replaces the first. The history is
+    /// that of the last run: its first note removes what an earlier one left from that epoch on, and what an earlier one tells of
+    /// those epochs later is a [`Published::Duplicate`].
     ///
     /// # Errors
     /// As every call.
     pub async fn publish_metrics(&self, body: &EpochBody) -> Result<Published, FleetError> {
         let what = "note metrics";
         let task_id = body.run.task_id.as_str();
-        let mut names = vec![self.keys().metrics(task_id)];
+        let mut names = vec![self.keys().metrics(task_id), self.keys().metrics_run(task_id)];
         if self.is_cluster() {
             if let Some(fenced) = self.fenced(what, &body.run, body.run.fence).await? {
                 return Ok(fenced);
@@ -168,12 +170,13 @@ impl Fleet {
         let member =
             json!({"epoch": body.epoch, "metrics": body.metrics, "timestamp": timestamp}).to_string();
         let (epoch, fence) = (body.epoch.to_string(), body.run.fence.to_string());
-        let arguments: [&[u8]; 5] = [
+        let arguments: [&[u8]; 6] = [
             epoch.as_bytes(),
             member.as_bytes(),
             KEPT_MS.as_bytes(),
             body.run.instance.as_bytes(),
             fence.as_bytes(),
+            self.inner.machine_id.as_bytes(),
         ];
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         Ok(Published::of(self.script(what, &scripts::METRICS, &names, &arguments).await?))

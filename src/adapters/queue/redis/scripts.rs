@@ -17,6 +17,7 @@ scripts! {
     ACQUIRE = "acquire.lua";
     ANNOUNCE = "announce.lua";
     BURY = "bury.lua";
+    END_LOG = "end_log.lua";
     FORGET_IF = "forget_if.lua";
     GIVE = "give.lua";
     HOLD_ELEMENT = "hold_element.lua";
@@ -25,6 +26,7 @@ scripts! {
     MOVE_ELEMENT = "move_element.lua";
     OWN_GPU = "own_gpu.lua";
     OWN_PENDING = "own_pending.lua";
+    PROGRESS = "progress.lua";
     PUBLISH = "publish.lua";
     RENEW = "renew.lua";
     RENEW_ENTRIES = "renew_entries.lua";

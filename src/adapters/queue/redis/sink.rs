@@ -1,10 +1,12 @@
 //! Deliveries from the outbox: results and metrics.
 
 use async_trait::async_trait;
+use serde_json::Value as Json;
 
 use super::{Fleet, FleetError, Published, Retry};
 use crate::adapters::sink::{DeliveryError, Receipt, Sink};
 use crate::job::delivery::{Delivery, DeliveryBody, ResultBody, SinkName};
+use crate::job::state::JobState;
 
 /// Makes the deliveries of results and of metrics.
 #[derive(Debug, Clone)]
@@ -29,17 +31,11 @@ impl RedisSink {
         if matches!(published, Published::Fenced { .. }) {
             return Ok(published);
         }
-        let status = body.message["status"].as_str().unwrap_or_default().to_owned();
-        let reason = body.message["reason"].as_str().unwrap_or_default().to_owned();
-        let fields = [
-            ("task_id".to_owned(), body.run.task_id.to_string()),
-            ("status".to_owned(), status),
-            ("reason".to_owned(), reason),
-        ];
         let task_id = &body.run.task_id;
-        for shown in [self.fleet.progress(task_id, &fields, true).await, self.fleet.log_end(task_id).await] {
+        let shown = self.fleet.progress_end(&body.run, &end_fields(body)).await;
+        for shown in [shown, self.fleet.log_end(&body.run).await] {
             match shown {
-                Ok(()) => {}
+                Ok(_) => {}
                 // The connection broke in between: the next try finds the result published and shows the rest.
                 Err(error) if error.retry() == Retry::Reconnect => return Err(sort(error, true)),
                 Err(error) => tracing::warn!(
@@ -64,6 +60,23 @@ impl RedisSink {
         }
         sort(error, true)
     }
+}
+
+/// What the progress of a job says of its end.
+fn end_fields(body: &ResultBody) -> Vec<(String, String)> {
+    let message = &body.message;
+    let text = |value: &Json| value.as_str().unwrap_or_default().to_owned();
+    let mut fields = vec![
+        ("task_id", body.run.task_id.to_string()),
+        ("status", text(&message["status"])),
+        ("reason", text(&message["reason"])),
+        ("error_class", text(&message["error"]["class"])),
+        ("eta_seconds", String::new()),
+    ];
+    if message["status"] == JobState::Completed.as_str() {
+        fields.push(("progress", "100.0".to_owned()));
+    }
+    fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 #[async_trait]

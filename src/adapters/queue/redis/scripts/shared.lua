@@ -73,3 +73,25 @@ local function acknowledge(key, group, id)
   return done
 end
 
+-- Whether an instance of a task came from a queue that machines share: it is named `queue/id`.
+local function is_shared(instance)
+  return string.find(instance, '/', 1, true) ~= nil
+end
+
+-- Whether {owner, fence, instance}, which is known of a task, is a later owner or a later run of it than mine. Numbers are
+-- compared only where one clock gave them out: this server for shared instances, the machine for its own. A later start
+-- of the same machine goes on with the same run.
+local function is_later(known, machine, fence, instance)
+  local owner, number, other = known[1], tonumber(known[2] or '') or 0, known[3]
+  if not other or number <= tonumber(fence) then
+    return false
+  end
+  if other == instance then
+    return owner ~= machine
+  end
+  if is_shared(other) then
+    return is_shared(instance)
+  end
+  return owner == machine and not is_shared(instance)
+end
+
