@@ -137,7 +137,7 @@ fn the_job_it_writes_trains_and_is_what_the_next_one_starts_from() {
     let next = known["job"].as_str().expect("a job");
     assert!(next.contains("pretrained: "));
     assert!(
-        !next.contains(task_id),
+        !next.contains(&format!("task_id: {task_id}\n")),
         "it would replace what is stored of the job that it starts from: {next}"
     );
     // The cache was asked before the run; a new run is a new question.
