@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 
+use crate::job::causes;
 use crate::job::delivery::{Delivery, SinkName};
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
@@ -69,13 +70,7 @@ impl DeliveryError {
 
     /// The error and its causes in one line.
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(&format!(": {error}"));
-            cause = error.source();
-        }
-        text
+        causes::chain(self)
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! Nothing here touches a database, a process or an actor. Start reading at [`spec::JobSpec`] and [`state::JobState`].
 
+pub mod causes;
 pub mod clock;
 pub mod delivery;
 pub mod event;

@@ -11,6 +11,7 @@ use crate::actors::supervisor::{Notice, Standing, Wake, prepare_log};
 use crate::adapters::queue::journal::Journal;
 use crate::adapters::queue::redis::{Acquired, Taken};
 use crate::adapters::queue::{JobStore, QueueError};
+use crate::job::causes::chain;
 use crate::job::clock::now_unix_ms;
 use crate::job::delivery::QueueEntry;
 use crate::job::ids::TaskId;
@@ -196,7 +197,7 @@ impl Consumer {
                 }
             };
             let message = parsed.map_err(|error: MessageError| {
-                let text = with_causes(&error);
+                let text = chain(&error);
                 if error.may_pass() { Unreadable::NotYet(text) } else { Unreadable::Never(text) }
             })?;
             let loaded =
@@ -404,16 +405,6 @@ fn list_kind(entry: &QueueEntry) -> Option<ListKind> {
         _ => ListKind::Training,
     };
     entry.is_list.then_some(kind)
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

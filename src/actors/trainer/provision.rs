@@ -15,6 +15,7 @@ use crate::adapters::store::archive::claim;
 use crate::adapters::store::restore::{Restored, has_checkpoint, restore};
 use crate::adapters::store::stage::{InUse, dataset_ref, stage};
 use crate::adapters::store::{BucketName, ObjectStore, StoreError};
+use crate::job::causes::chain;
 use crate::job::delivery::is_shared_instance;
 use crate::job::record::JobRecord;
 use crate::job::state::FailureClass;
@@ -305,16 +306,6 @@ impl Ownership {
         }
         Ok(restored)
     }
-}
-
-fn chain(error: &StoreError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -1,4 +1,6 @@
-//! Who this machine is, for progress fields and tags: computed now, not when somebody installed something.
+//! Who this machine is, for progress fields and tags: computed by the program that runs, not when somebody installed something.
+
+use std::sync::OnceLock;
 
 use sysinfo::System;
 use time::OffsetDateTime;
@@ -38,16 +40,14 @@ pub fn worker_fields(gpus: &[GpuSample], set: impl Fn(&str) -> Option<String>) -
     let models: Vec<&str> = gpus.iter().map(|gpu| gpu.name.as_str()).collect();
     let memories = gpus.iter().filter_map(|gpu| gpu.memory);
     let memories: Vec<String> = memories.map(|memory| (memory.total_bytes / MEBIBYTE).to_string()).collect();
-    let mut memory = System::new();
-    memory.refresh_memory();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let machine = machine();
     let computed = [
-        ("HOSTNAME", System::host_name()),
-        ("OS", System::long_os_version()),
-        ("KERNEL_VERSION", System::kernel_version()),
-        ("CPU_CORES", Some(System::physical_core_count().unwrap_or(cores).to_string())),
-        ("CPU_CORES_AVAILABLE", Some(cores.to_string())),
-        ("RAM_TOTAL", Some((memory.total_memory() / MEBIBYTE).to_string())),
+        ("HOSTNAME", machine.host_name.clone()),
+        ("OS", machine.os.clone()),
+        ("KERNEL_VERSION", machine.kernel_version.clone()),
+        ("CPU_CORES", Some(machine.cores.to_string())),
+        ("CPU_CORES_AVAILABLE", Some(machine.cores_available.to_string())),
+        ("RAM_TOTAL", Some((machine.memory_bytes / MEBIBYTE).to_string())),
         ("HOME_DIR", set("HOME")),
         ("CURRENT_DATE", now.format(format_description!("[year]-[month]-[day]")).ok()),
         ("CURRENT_TIME", now.format(format_description!("[hour]:[minute]:[second]")).ok()),
@@ -57,6 +57,34 @@ pub fn worker_fields(gpus: &[GpuSample], set: impl Fn(&str) -> Option<String>) -
     ];
     fields.extend(computed.into_iter().filter_map(|(name, value)| Some((format!("WORKER_{name}"), value?))));
     fields
+}
+
+/// What does not change while the program runs.
+struct Machine {
+    host_name: Option<String>,
+    os: Option<String>,
+    kernel_version: Option<String>,
+    cores: usize,
+    cores_available: usize,
+    memory_bytes: u64,
+}
+
+/// Looked up once: the fields are written again with every sign of progress.
+fn machine() -> &'static Machine {
+    static MACHINE: OnceLock<Machine> = OnceLock::new();
+    MACHINE.get_or_init(|| {
+        let mut memory = System::new();
+        memory.refresh_memory();
+        let cores_available = std::thread::available_parallelism().map_or(1, usize::from);
+        Machine {
+            host_name: System::host_name(),
+            os: System::long_os_version(),
+            kernel_version: System::kernel_version(),
+            cores: System::physical_core_count().unwrap_or(cores_available),
+            cores_available,
+            memory_bytes: memory.total_memory(),
+        }
+    })
 }
 
 #[cfg(test)]

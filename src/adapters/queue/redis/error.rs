@@ -2,6 +2,8 @@
 
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
+use crate::job::causes;
+
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// What to do after a [`FleetError`].
@@ -141,19 +143,7 @@ impl FleetError {
 
     /// The error and its causes in one line.
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        let mut last = String::new();
-        while let Some(error) = cause {
-            let next = error.to_string();
-            // The crate repeats itself between an error and its cause.
-            if next != last {
-                text.push_str(&format!(": {next}"));
-            }
-            last = next;
-            cause = error.source();
-        }
-        text
+        causes::chain(self)
     }
 
     pub(super) fn config(what: impl Into<String>) -> Self {
