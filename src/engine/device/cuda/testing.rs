@@ -13,11 +13,8 @@ const TEST_GPU: &str = "BOXWRIGHT_TEST_GPU";
 pub(crate) fn devices() -> Vec<Arc<Device>> {
     static OPENED: OnceLock<Arc<Device>> = OnceLock::new();
     let device = OPENED.get_or_init(|| {
-        // A driver that is named by the environment is meant, for example the emulator under the sanitizers.
-        let is_given = std::env::var_os("BOXWRIGHT_CUDA_DRIVER").is_some();
-        if !is_given && std::env::var_os(TEST_GPU).is_none_or(|v| v != "1") {
-            let folder = emulator();
-            use_libraries(Some(&folder), Some(&folder));
+        if let Some(folder) = compiler_folder() {
+            use_libraries(Some(folder), Some(folder));
         }
         match Device::open(0) {
             Ok(device) => device,
@@ -25,6 +22,15 @@ pub(crate) fn devices() -> Vec<Arc<Device>> {
         }
     });
     vec![Arc::clone(device)]
+}
+
+/// The folder of the emulator and its compiler, built when first needed; `None` where another driver is meant.
+pub(super) fn compiler_folder() -> Option<&'static Path> {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    // A driver that is named by the environment is meant, for example the emulator under the sanitizers.
+    let is_given = std::env::var_os("BOXWRIGHT_CUDA_DRIVER").is_some();
+    let is_real = std::env::var_os(TEST_GPU).is_some_and(|v| v == "1");
+    (!is_given && !is_real).then(|| BUILT.get_or_init(emulator).as_path())
 }
 
 /// Builds the emulator; its folder.

@@ -120,6 +120,15 @@ fn a_damaged_cache_entry_is_made_anew() {
     }
 }
 
+/// Whatever looks for a compiler first, and whichever the environment names (CI names NVIDIA's).
+#[test]
+fn the_compiler_of_these_tests_is_that_of_their_device() {
+    let folder = libraries::nvrtc().expect("a compiler").folder;
+    if let Some(emulator) = testing::compiler_folder() {
+        assert_eq!(folder.as_deref(), Some(emulator));
+    }
+}
+
 #[test]
 fn cached_code_that_the_driver_refuses_is_made_anew() {
     use sha2::{Digest, Sha256};
