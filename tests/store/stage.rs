@@ -109,16 +109,56 @@ async fn a_dataset_does_not_change_while_a_job_trains_on_it() {
     store.delete(&datasets, &key("cells/images/1.jpg")).await.expect("deleted");
     put(store.as_ref(), &datasets, "cells/images/2.jpg", "new").await;
     drop(second);
-    let waits = tokio::time::timeout(Duration::from_secs(1), bring("the job c")).await;
-    assert!(waits.is_err(), "the job a trains on it: {waits:?}");
+    // The next job trains on a copy of the new state, beside the job a.
+    let (copy, c) = bring("the job c").await.expect("staged");
+    assert_ne!(copy.folder, staged.folder);
+    assert_eq!((copy.fetched, copy.files), (2, 2));
+    assert_eq!(text(copy.folder.join("data.yaml")), "another");
     assert_eq!(text(staged.folder.join("data.yaml")), "old");
     assert_eq!(text(staged.folder.join("images/1.jpg")), "old");
-    // A job that needs no change does not wait.
-    drop(in_use);
-    let (changed, _in_use) = bring("the job c").await.expect("staged");
+    let (shared, _d) = bring("the job d").await.expect("staged");
+    assert_eq!((shared.folder, shared.fetched), (copy.folder, 0));
+    // The folder itself is brought up to date once nobody trains on it.
+    drop((in_use, c));
+    let (changed, _in_use) = bring("the job e").await.expect("staged");
     assert_eq!((changed.fetched, changed.removed), (2, 1));
-    assert_eq!(text(staged.folder.join("data.yaml")), "another");
+    assert_eq!(changed.folder, staged.folder);
     assert!(!staged.folder.join("images/1.jpg").exists());
+}
+
+#[tokio::test]
+async fn jobs_that_begin_together_share_one_fetch() {
+    let (_folder, store, cache) = pair().await;
+    let dataset = dataset_ref("s3://datasets/cells").expect("an address").expect("in the store");
+    let bring = |user: &'static str| stage(store.as_ref(), cache.path(), &dataset, user);
+    // Each goes on using it while the others still wait.
+    let (a, b, c) = tokio::join!(bring("the job a"), bring("the job b"), bring("the job c"));
+    let all = [a, b, c].map(|staged| staged.expect("staged"));
+    assert_eq!(all.iter().map(|(staged, _)| staged.fetched).sum::<usize>(), 2);
+    assert!(all.iter().all(|(staged, _)| staged.folder == all[0].0.folder));
+    assert!(!cache.path().join(".copies").exists());
+}
+
+#[tokio::test]
+async fn a_dataset_has_a_limited_number_of_copies() {
+    let (_folder, store, cache) = pair().await;
+    let datasets = bucket("datasets");
+    let dataset = dataset_ref("s3://datasets/cells").expect("an address").expect("in the store");
+    let mut users = Vec::new();
+    for state in ["1", "2", "3", "4"] {
+        put(store.as_ref(), &datasets, "cells/data.yaml", state).await;
+        users.push(stage(store.as_ref(), cache.path(), &dataset, state).await.expect("staged"));
+    }
+    for (state, (staged, _)) in ["1", "2", "3", "4"].into_iter().zip(&users) {
+        assert_eq!(text(staged.folder.join("data.yaml")), state);
+    }
+    put(store.as_ref(), &datasets, "cells/data.yaml", "5").await;
+    let fifth = stage(store.as_ref(), cache.path(), &dataset, "5");
+    tokio::pin!(fifth);
+    let waits = tokio::time::timeout(Duration::from_secs(1), &mut fifth).await;
+    assert!(waits.is_err(), "four states are used: {waits:?}");
+    drop(users.remove(0));
+    assert_eq!(text(fifth.await.expect("staged").0.folder.join("data.yaml")), "5");
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::StoreError;
 
 /// The lock, in the folder of the dataset.
-const LOCK: &str = ".boxwright-lock";
+pub(super) const LOCK: &str = ".boxwright-lock";
 /// Where users are named, in the folder of the dataset.
 const USERS: &str = ".boxwright-users";
 /// Users that an error names.
@@ -24,7 +24,7 @@ const FETCH_LIMIT: Duration = Duration::from_secs(6 * 3600);
 /// Longest wait for those that train on a dataset that has to be changed.
 pub(super) const USE_LIMIT: Duration = Duration::from_secs(600);
 /// Between two looks at a lock.
-const INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const INTERVAL: Duration = Duration::from_millis(200);
 
 /// A dataset stays as it is while this value lives.
 #[derive(Debug)]
@@ -42,50 +42,44 @@ impl Drop for InUse {
     }
 }
 
-/// Keeps the dataset in `folder` from changes, in the name of `user`. Waits while it is being changed.
+/// A dataset stays as it is while this value lives; nobody is told who wants it.
+pub(super) struct Held {
+    lock: File,
+    folder: PathBuf,
+}
+
+impl Held {
+    /// The same in the name of `user`, for as long as it is used.
+    pub(super) fn named(self, user: &str) -> InUse {
+        let name_path = self.folder.join(USERS).join(uuid::Uuid::new_v4().simple().to_string());
+        InUse { _lock: self.lock, _name: write_name(&name_path, user), name_path }
+    }
+}
+
+/// Keeps the dataset in `folder` from changes. Waits while it is being changed.
 ///
 /// # Errors
 /// [`StoreError::Timeout`] when that takes 6 hours; those of the file system.
-pub(super) async fn hold(folder: &Path, user: &str) -> Result<InUse, StoreError> {
+pub(super) async fn hold(folder: &Path) -> Result<Held, StoreError> {
     let (lock, path) = open(folder)?;
     let begun = Instant::now();
     while !taken(lock.try_lock_shared(), &path)? {
-        check_fetch_limit(begun, &path)?;
+        if begun.elapsed() > FETCH_LIMIT {
+            let limit_ms = FETCH_LIMIT.as_millis() as u64;
+            return Err(StoreError::Timeout { what: format!("lock {}", path.display()), limit_ms });
+        }
         tokio::time::sleep(INTERVAL).await;
     }
-    let name_path = folder.join(USERS).join(uuid::Uuid::new_v4().simple().to_string());
-    Ok(InUse { _lock: lock, _name: write_name(&name_path, user), name_path })
+    Ok(Held { lock, folder: folder.to_owned() })
 }
 
-/// The lock of a folder for whoever changes it, and whether it was waited for.
+/// The lock of a folder for whoever changes it; `None` while others use, change or look at it.
 ///
 /// # Errors
-/// [`StoreError::InUse`] when others use the folder for longer than `use_limit`, [`StoreError::Timeout`] when another
-/// process changes it for 6 hours; those of the file system.
-pub(super) async fn hold_alone(folder: &Path, use_limit: Duration) -> Result<(File, bool), StoreError> {
+/// Those of the file system.
+pub(super) fn try_alone(folder: &Path) -> Result<Option<File>, StoreError> {
     let (lock, path) = open(folder)?;
-    let begun = Instant::now();
-    let mut has_waited = false;
-    while !taken(lock.try_lock(), &path)? {
-        if !has_waited {
-            has_waited = true;
-            tracing::info!(folder = %folder.display(), users = users(folder).join(", "), "waits to bring a dataset up to date");
-        }
-        if begun.elapsed() > use_limit {
-            let users = users(folder);
-            if !users.is_empty() {
-                let waited_ms = begun.elapsed().as_millis() as u64;
-                return Err(StoreError::InUse {
-                    folder: folder.to_owned(),
-                    users: users.join(", "),
-                    waited_ms,
-                });
-            }
-        }
-        check_fetch_limit(begun, &path)?;
-        tokio::time::sleep(INTERVAL).await;
-    }
-    Ok((lock, has_waited))
+    Ok(taken(lock.try_lock(), &path)?.then_some(lock))
 }
 
 fn open(folder: &Path) -> Result<(File, PathBuf), StoreError> {
@@ -104,14 +98,6 @@ fn taken(tried: Result<(), TryLockError>, path: &Path) -> Result<bool, StoreErro
     }
 }
 
-fn check_fetch_limit(begun: Instant, path: &Path) -> Result<(), StoreError> {
-    if begun.elapsed() <= FETCH_LIMIT {
-        return Ok(());
-    }
-    let limit_ms = FETCH_LIMIT.as_millis() as u64;
-    Err(StoreError::Timeout { what: format!("lock {}", path.display()), limit_ms })
-}
-
 fn write_name(path: &Path, user: &str) -> Option<File> {
     fs::create_dir_all(path.parent()?).ok()?;
     let mut file = File::create_new(path).ok()?;
@@ -121,7 +107,7 @@ fn write_name(path: &Path, user: &str) -> Option<File> {
 }
 
 /// Who uses a folder, as far as they said so.
-fn users(folder: &Path) -> Vec<String> {
+pub(super) fn users(folder: &Path) -> Vec<String> {
     let mut users = Vec::new();
     for entry in fs::read_dir(folder.join(USERS)).into_iter().flatten().flatten() {
         let Ok(file) = File::open(entry.path()) else { continue };
@@ -146,25 +132,23 @@ mod tests {
     #[tokio::test]
     async fn a_folder_that_is_used_is_not_changed_and_the_users_are_named() {
         let folder = tempfile::tempdir().expect("a folder");
-        let alone = || hold_alone(folder.path(), Duration::ZERO);
-        let first = hold(folder.path(), "the job a").await.expect("free");
-        let second = hold(folder.path(), "the job b").await.expect("shared");
-        let error = alone().await.expect_err("in use");
-        assert!(
-            matches!(&error, StoreError::InUse { users, .. } if users == "the job a, the job b"),
-            "{error}"
-        );
-        drop(first);
-        let error = alone().await.expect_err("in use");
-        assert!(error.to_string().contains("used by the job b"), "{error}");
+        let is_free = || try_alone(folder.path()).expect("a lock").is_some();
+        let hold = || hold(folder.path());
+        let first = hold().await.expect("free").named("the job a");
+        let second = hold().await.expect("shared").named("the job b");
+        let third = hold().await.expect("shared");
+        assert!(!is_free());
+        assert_eq!(users(folder.path()), ["the job a", "the job b"], "who only looks is no user");
+        drop((first, third));
+        assert!(!is_free());
+        assert_eq!(users(folder.path()), ["the job b"]);
         drop(second);
         fs::write(folder.path().join(USERS).join("left"), "a job that died").expect("written");
-        let (lock, has_waited) = alone().await.expect("free");
-        assert!(!has_waited);
-        let waits = tokio::time::timeout(INTERVAL, hold(folder.path(), "c")).await;
+        let alone = try_alone(folder.path()).expect("a lock").expect("free");
+        let waits = tokio::time::timeout(INTERVAL, hold()).await;
         assert!(waits.is_err(), "it is being changed");
         assert!(users(folder.path()).is_empty());
-        drop(lock);
-        hold(folder.path(), "c").await.expect("free");
+        drop(alone);
+        hold().await.expect("free");
     }
 }

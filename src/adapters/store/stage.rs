@@ -1,6 +1,7 @@
 //! Datasets in the store are brought to a folder of this machine: complete, or not used.
 //!
-//! `s3://bucket/prefix[/data.yaml]` lies in `{datasets_dir}/{bucket}/{prefix}`. Beside the files, `.boxwright-staged.jsonl`
+//! `s3://bucket/prefix[/data.yaml]` lies in `{datasets_dir}/{bucket}/{prefix}`, and in `{datasets_dir}/.copies/{n}/..` where jobs
+//! train on another state of it. Beside the files, `.boxwright-staged.jsonl`
 //! tells what was fetched (one line each, so that an interrupted fetch goes on), and `.boxwright-complete` the fingerprint of
 //! the objects that the folder is complete for. Files that the store no longer has are removed; others are left alone.
 //! Nothing changes while somebody trains on it ([`InUse`]).
@@ -10,13 +11,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
-use super::in_use::{USE_LIMIT, hold, hold_alone};
+use super::in_use::{INTERVAL, LOCK, USE_LIMIT, hold, try_alone, users};
 use super::local::write_whole;
 use super::names::fault_of_path;
 use super::{BucketName, ObjectEntry, ObjectKey, ObjectStore, Refused, blocking, hex};
@@ -27,14 +29,20 @@ pub use super::in_use::InUse;
 const SCHEME: &str = "s3://";
 const JOURNAL: &str = ".boxwright-staged.jsonl";
 const COMPLETE: &str = ".boxwright-complete";
+/// Beside the buckets, whose names begin with no dot.
+const COPIES: &str = ".copies";
+/// States of one dataset that jobs may use at one time.
+const COPIES_MAX: u32 = 4;
 /// How files begin that have not arrived yet.
 const ARRIVING: &str = ".arriving-";
 /// Objects of a dataset.
 const OBJECTS_MAX: usize = 2_000_000;
 /// Objects fetched at one time.
 const PARALLEL: usize = 8;
-/// A dataset is looked at so often while others change it.
-const TRIES_MAX: u32 = 5;
+/// A dataset is brought up to date so often while others change it again.
+const CHANGES_MAX: u32 = 5;
+/// What the store has is believed for so long.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// Bytes of the file system that a fetch leaves free: the journal may lie there, too.
 const RESERVE_BYTES: u64 = 512 << 20;
 
@@ -91,31 +99,58 @@ pub fn dataset_ref(data: &str) -> Result<Option<DatasetRef>, StoreError> {
 /// Brings a dataset to `datasets_dir`, fetching only what is not there yet. It stays as it is while the second value
 /// lives; `user` is named to others that wait to change it.
 ///
-/// When the store cannot be asked, an earlier copy that is complete is used. May be called again after any failure; goes
-/// on where it was.
+/// Where others train on another state of it, a copy beside theirs is made. When the store cannot be asked, an earlier copy
+/// that is complete is used. May be called again after any failure; goes on where it was.
 ///
 /// # Errors
 /// [`StoreError::Missing`] when the store has no such folder or file, [`StoreError::Name`] when it has a file there that
-/// cannot be staged, [`StoreError::NoRoom`], [`StoreError::InUse`] when others use another state of it; others.
+/// cannot be staged, [`StoreError::NoRoom`], [`StoreError::InUse`] when others use as many states as there may be copies;
+/// others.
 pub async fn stage(
     store: &dyn ObjectStore,
     datasets_dir: &Path,
     dataset: &DatasetRef,
     user: &str,
 ) -> Result<(Staged, InUse), StoreError> {
-    let folder = datasets_dir.join(dataset.bucket.as_str()).join(dataset.prefix.as_str());
+    let copies = (1..COPIES_MAX).map(|number| datasets_dir.join(COPIES).join(number.to_string()));
+    for root in std::iter::once(datasets_dir.to_owned()).chain(copies) {
+        let staged = stage_in(store, &root, dataset, user, Duration::ZERO).await;
+        if !matches!(staged, Err(StoreError::InUse { .. })) {
+            return staged;
+        }
+    }
+    stage_in(store, datasets_dir, dataset, user, USE_LIMIT).await
+}
+
+/// The same below `root`, and nowhere else: whoever uses another state of it there is waited for.
+async fn stage_in(
+    store: &dyn ObjectStore,
+    root: &Path,
+    dataset: &DatasetRef,
+    user: &str,
+    use_limit: Duration,
+) -> Result<(Staged, InUse), StoreError> {
+    let folder = root.join(dataset.bucket.as_str()).join(dataset.prefix.as_str());
     let mut known: Option<Arc<Wanted>> = None;
+    let mut looked = Instant::now();
+    let mut used_since: Option<Instant> = None;
     let mut done = Done::default();
-    for _ in 0..TRIES_MAX {
-        let in_use = hold(&folder, user).await?;
-        let wanted = match known.take() {
+    let mut changes = 0;
+    // Each turn takes at least an interval or a change, and both are limited.
+    loop {
+        let held = hold(&folder).await?;
+        let wanted = match known.take().filter(|_| looked.elapsed() < LOOK_AGAIN) {
             Some(wanted) => wanted,
-            None => match look(store, dataset).await {
-                Err(error) if error.is_outage() => {
-                    return kept(folder, dataset).await.map(|staged| (staged, in_use)).ok_or(error);
+            None => {
+                looked = Instant::now();
+                match look(store, dataset).await {
+                    Err(error) if error.is_outage() => {
+                        let kept = kept(folder, dataset).await;
+                        return kept.map(|staged| (staged, held.named(user))).ok_or(error);
+                    }
+                    wanted => wanted?,
                 }
-                wanted => wanted?,
-            },
+            }
         };
         let (at, of) = (folder.clone(), wanted.clone());
         if blocking(move || Ok(is_complete(&at, &of))).await? {
@@ -133,16 +168,33 @@ pub async fn stage(
                 removed,
                 is_current: true,
             };
-            return Ok((staged, in_use));
+            return Ok((staged, held.named(user)));
         }
-        drop(in_use);
-        let (_alone, has_waited) = hold_alone(&folder, USE_LIMIT).await?;
-        let wanted = if has_waited { look(store, dataset).await? } else { wanted };
-        done.add(bring(store, dataset, &folder, &wanted).await?);
-        // Between the two locks another process may change it again.
+        drop(held);
+        if let Some(_alone) = try_alone(&folder)? {
+            if changes >= CHANGES_MAX {
+                return Err(StoreError::Busy { object: format!("the dataset in {}", folder.display()) });
+            }
+            changes += 1;
+            done.add(bring(store, dataset, &folder, &wanted).await?);
+            // Between the two locks another process may change it again.
+            known = Some(wanted);
+            continue;
+        }
+        // Others use it, or somebody brings just what is wanted here.
+        let users = users(&folder);
+        if users.is_empty() {
+            used_since = None;
+        } else {
+            let waited = used_since.get_or_insert_with(Instant::now).elapsed();
+            if waited >= use_limit {
+                let (users, waited_ms) = (users.join(", "), waited.as_millis() as u64);
+                return Err(StoreError::InUse { folder, users, waited_ms });
+            }
+        }
         known = Some(wanted);
+        tokio::time::sleep(INTERVAL).await;
     }
-    Err(StoreError::Busy { object: format!("the dataset in {}", folder.display()) })
 }
 
 /// What was done to a folder.
@@ -201,12 +253,6 @@ async fn bring(
     let Plan { is_complete: false, missing, removed } = plan else { return Ok(Done::default()) };
     let fetched = missing.len();
     let bytes_fetched = missing.iter().map(|(_, entry)| entry.bytes).sum();
-    let at = folder.to_owned();
-    blocking(move || {
-        sweep(&at)?;
-        check_room(&at, bytes_fetched)
-    })
-    .await?;
     fetch(store, dataset, folder, missing).await?;
     let (at, of) = (folder.to_owned(), wanted.clone());
     blocking(move || finish(&at, &of)).await?;
@@ -220,7 +266,10 @@ fn sweep(folder: &Path) -> Result<(), StoreError> {
         for entry in fs::read_dir(&folder).map_err(StoreError::local("read", &folder))?.flatten() {
             let Ok(kind) = entry.file_type() else { continue };
             if kind.is_dir() {
-                folders.push(entry.path());
+                // A dataset inside this one has a lock of its own.
+                if !entry.path().join(LOCK).exists() {
+                    folders.push(entry.path());
+                }
             } else if entry.file_name().to_string_lossy().starts_with(ARRIVING) {
                 remove(&entry.path())?;
             }
@@ -229,7 +278,18 @@ fn sweep(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Looks whether there is room, before anything is fetched.
+/// Bytes that a fetch needs at most: a file that is replaced goes when the new one is there, and so many arrive at one time.
+fn needed_bytes(folder: &Path, missing: &[(String, ObjectEntry)]) -> u64 {
+    let here = |path: &str| fs::symlink_metadata(folder.join(path)).map_or(0, |metadata| metadata.len());
+    let more = missing.iter().map(|(path, entry)| entry.bytes.saturating_sub(here(path)));
+    let mut sizes: Vec<u64> = missing.iter().map(|(_, entry)| entry.bytes).collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    let arriving: u64 = sizes.iter().take(PARALLEL).sum();
+    let whole: u64 = sizes.iter().sum();
+    more.sum::<u64>().saturating_add(arriving).min(whole)
+}
+
+/// Looks whether there is room, before anything is changed.
 fn check_room(folder: &Path, needed_bytes: u64) -> Result<(), StoreError> {
     // A file system that does not say fails when it is full.
     let free_bytes = disk(folder).map_or(u64::MAX, |disk| disk.available_bytes);
@@ -304,6 +364,8 @@ fn plan(folder: &Path, wanted: &Wanted) -> Result<Plan, StoreError> {
     if missing.is_empty() && is_marked(folder, wanted) {
         return Ok(Plan { is_complete: true, missing, removed: 0 });
     }
+    sweep(folder)?;
+    check_room(folder, needed_bytes(folder, &missing))?;
     // From here on the folder is not what the mark says.
     remove(&folder.join(COMPLETE))?;
     let mut removed = 0;
@@ -417,6 +479,23 @@ async fn kept(folder: PathBuf, dataset: &DatasetRef) -> Option<Staged> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_replaced_makes_room() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let entry = |name: &str, bytes| {
+            let key = ObjectKey::new(format!("cells/{name}")).expect("a key");
+            (name.to_owned(), ObjectEntry { key, bytes, etag: "e".into() })
+        };
+        let mut files: Vec<_> = (0..100).map(|number| entry(&format!("{number}.jpg"), 10)).collect();
+        assert_eq!(needed_bytes(folder.path(), &files), 1000);
+        for (name, _) in &files {
+            fs::write(folder.path().join(name), [0; 10]).expect("written");
+        }
+        assert_eq!(needed_bytes(folder.path(), &files), 80, "those that arrive at one time");
+        files.truncate(1);
+        assert_eq!(needed_bytes(folder.path(), &files), 10);
+    }
 
     #[test]
     fn addresses_are_read() {

@@ -125,21 +125,18 @@ impl StoreSink {
         };
         self.store.prepare(&self.better_bucket).await?;
         let place = Place { target, pointer_key, text_key };
-        let mut has_copied = false;
         for _ in 0..WRITE_TRIES_MAX {
             let seen =
                 found(self.store.get_versioned(&self.better_bucket, &place.pointer_key, BYTES_MAX).await)?;
             let old = read_pointer(seen.as_ref(), &place.pointer_key);
             if let Err(reason) = is_better(&new, old.as_ref()) {
-                // Another run of the study was promoted meanwhile, and our weights may lie in the place of its own.
-                if let Some(old) = old.filter(|old| has_copied && old.sha256 != new.sha256) {
-                    self.place(&old, &place).await?;
+                if let Some(old) = old.filter(|old| old.sha256 != new.sha256) {
+                    self.repair(&old, &new, &place).await?;
                 }
                 return Ok(format!("left: {reason}"));
             }
             self.there(prefix).await?.fence(run)?;
             // The pointer is written after the weights: until then the old one stands, and this is done again.
-            has_copied = true;
             self.place(&new, &place).await?;
             let text = serde_json::to_vec_pretty(&new).map_err(|error| StoreError::Refused {
                 what: format!("write {}", place.pointer_key),
@@ -153,6 +150,23 @@ impl StoreSink {
             }
         }
         Err(StoreError::Busy { object: format!("{}/{}", self.better_bucket, place.pointer_key) })
+    }
+
+    /// Puts the weights that were promoted back where those of this run took their place: another run of the study was promoted
+    /// meanwhile, or an earlier try ended between its copy and this.
+    async fn repair(&self, old: &Pointer, new: &Pointer, place: &Place) -> Result<(), StoreError> {
+        let there = found(self.store.head(&self.better_bucket, &place.target).await)?;
+        if there.is_none_or(|head| head.sha256.as_ref() != Some(&new.sha256)) {
+            return Ok(());
+        }
+        match self.place(old, place).await {
+            Err(error @ (StoreError::Missing { .. } | StoreError::Integrity { .. })) => {
+                let weights = &old.weights;
+                tracing::warn!(%error, "{weights} is not what its pointer says, and cannot be put back");
+                Ok(())
+            }
+            outcome => outcome,
+        }
     }
 
     /// Copies the weights of a pointer to their place, and says beside them where they come from.
