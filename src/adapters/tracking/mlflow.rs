@@ -13,7 +13,7 @@ mod registry;
 mod runs;
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -49,6 +49,8 @@ pub struct MlflowSink {
     machine_id: Option<String>,
     /// Run of an instance.
     runs: Mutex<HashMap<String, String>>,
+    /// Failures of a delivery at a step that it can do without, by its number.
+    step_failures: Mutex<HashMap<i64, u32>>,
 }
 
 impl MlflowSink {
@@ -64,6 +66,7 @@ impl MlflowSink {
             store_url: None,
             machine_id: None,
             runs: Mutex::new(HashMap::new()),
+            step_failures: Mutex::new(HashMap::new()),
         })
     }
 
@@ -135,7 +138,7 @@ impl MlflowSink {
         Ok(view)
     }
 
-    async fn end(&self, end: &RunEndBody, attempts: u32) -> Result<RunView, TrackingError> {
+    async fn end(&self, end: &RunEndBody, delivery: i64) -> Result<RunView, TrackingError> {
         let status = match end.status.as_str() {
             "completed" => "FINISHED",
             "failed" => "FAILED",
@@ -156,7 +159,7 @@ impl MlflowSink {
         self.drop_twins(&view, &end.run).await?;
         // The tag says that the registry was seen to.
         if self.is_registering && end.status == "completed" && !view.tags.contains_key(REGISTRY) {
-            let said = self.register(&view, end, attempts).await?;
+            let said = self.register(&view, end, delivery).await?;
             let (said, _) = names::cut(&said, names::TAG_CHARS_MAX);
             self.tag(&view, &[(REGISTRY, said.as_str())]).await?;
         }
@@ -168,7 +171,7 @@ impl MlflowSink {
             return Ok(None);
         }
         let view = self.open(&files.run, delivery.at_unix_ms, false).await?;
-        self.send_files(&view, &files.run, delivery.attempts).await?;
+        self.send_files(&view, &files.run, delivery.id).await?;
         Ok(Some(view))
     }
 }
@@ -247,7 +250,7 @@ impl Sink for MlflowSink {
         let view = match &delivery.body {
             DeliveryBody::RunStart(start) => self.start(start).await.map(Some),
             DeliveryBody::RunMetrics(metrics) => self.metrics(metrics).await.map(Some),
-            DeliveryBody::RunEnd(end) => self.end(end, delivery.attempts).await.map(Some),
+            DeliveryBody::RunEnd(end) => self.end(end, delivery.id).await.map(Some),
             DeliveryBody::Files(files) => self.files(files, delivery).await,
             DeliveryBody::Result(_) | DeliveryBody::EpochMetrics(_) => {
                 let what = "the tracking server takes runs, their samples and their files".to_owned();
@@ -255,7 +258,10 @@ impl Sink for MlflowSink {
             }
         };
         let view = match view {
-            Ok(view) => view,
+            Ok(view) => {
+                self.step_failures().remove(&delivery.id);
+                view
+            }
             Err(error) => return Err(self.verdict(error, answers_before).await),
         };
         let notes = view.map(|view| {
@@ -267,6 +273,23 @@ impl Sink for MlflowSink {
 }
 
 impl MlflowSink {
+    fn step_failures(&self) -> MutexGuard<'_, HashMap<i64, u32>> {
+        self.step_failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a failure of a delivery at a step, and says whether it does without it from now on. Failures at other steps do
+    /// not count; after a restart it is tried for longer.
+    fn does_without(&self, delivery: i64, error: &TrackingError) -> bool {
+        let mut failures = self.step_failures();
+        if failures.len() >= REMEMBERED_MAX && !failures.contains_key(&delivery) {
+            failures.clear();
+        }
+        let before = failures.entry(delivery).or_insert(0);
+        let answer = is_dispensed_with(error, *before);
+        *before = before.saturating_add(1);
+        answer
+    }
+
     /// What a failure means: when the server does other things, it holds its own lane only.
     async fn verdict(&self, error: TrackingError, answers_before: u64) -> DeliveryError {
         let has_answered = self.client.answers() > answers_before;
@@ -286,16 +309,16 @@ impl MlflowSink {
     }
 }
 
-/// True when a delivery that failed so `attempts` times is to do without the step at which it failed: a file, or the entry in
-/// the registry. The run itself is told of already.
-fn is_dispensed_with(error: &TrackingError, attempts: u32) -> bool {
+/// True when a delivery that failed at such a step `failures` times before is to do without it: a file, or the entry in the
+/// registry. The run itself is told of already.
+fn is_dispensed_with(error: &TrackingError, failures: u32) -> bool {
     match error {
         TrackingError::Refused { .. } | TrackingError::Missing { .. } => true,
         // A time limit costs its whole time at each try, and others wait for it.
         TrackingError::Silent { is_late: false, .. }
-        | TrackingError::Failed { status: 408 | 425 | 500.., .. } => attempts >= TRIES_WHILE_IT_FAILS,
+        | TrackingError::Failed { status: 408 | 425 | 500.., .. } => failures >= TRIES_WHILE_IT_FAILS,
         TrackingError::Silent { .. } | TrackingError::Failed { .. } | TrackingError::Credentials { .. } => {
-            attempts >= TRIES_WHILE_IT_REFUSES
+            failures >= TRIES_WHILE_IT_REFUSES
         }
         _ => false,
     }
@@ -304,7 +327,7 @@ fn is_dispensed_with(error: &TrackingError, attempts: u32) -> bool {
 /// Tries of a step while what is behind the server (a bucket) fails; with the delays, an hour.
 const TRIES_WHILE_IT_FAILS: u32 = 60;
 /// Tries of a step that is forbidden, unknown to the server, or longer than the time limit.
-const TRIES_WHILE_IT_REFUSES: u32 = 3;
+const TRIES_WHILE_IT_REFUSES: u32 = 10;
 
 #[cfg(test)]
 mod tests {
@@ -330,14 +353,14 @@ mod tests {
         let silent = |is_late| TrackingError::Silent { operation, limit_s: 30.0, is_late, source: None };
         let forbidden = TrackingError::Credentials { operation, status: 403, said: said.clone() };
         let missing = TrackingError::Missing { operation, said: said.clone() };
-        let tries = |error: &TrackingError| (0..100).find(|attempts| is_dispensed_with(error, *attempts));
+        let tries = |error: &TrackingError| (0..100).find(|failures| is_dispensed_with(error, *failures));
         assert_eq!(
             (tries(&failed(500)), tries(&failed(503)), tries(&silent(false))),
             (Some(60), Some(60), Some(60))
         );
         assert_eq!(
             (tries(&failed(404)), tries(&forbidden), tries(&silent(true))),
-            (Some(3), Some(3), Some(3))
+            (Some(10), Some(10), Some(10))
         );
         assert_eq!(tries(&missing), Some(0));
         // Those that speak of the run or of the server are not for a step to decide.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tokio::io::AsyncReadExt;
 
 use super::runs::RunView;
-use super::{MlflowSink, is_dispensed_with, names};
+use super::{MlflowSink, names};
 use crate::adapters::tracking::TrackingError;
 use crate::job::delivery::RunRef;
 
@@ -100,7 +100,7 @@ impl MlflowSink {
         &self,
         view: &RunView,
         run: &RunRef,
-        attempts: u32,
+        delivery: i64,
     ) -> Result<(), TrackingError> {
         let Some(door) = door(self.client.base(), &view.artifact_uri) else {
             let uri = without_secrets(&view.artifact_uri);
@@ -125,7 +125,7 @@ impl MlflowSink {
                     match put {
                         Ok(()) => sent += 1,
                         // One picture less is no reason to lose the others.
-                        Err(error) if is_dispensed_with(&error, attempts) => {
+                        Err(error) if self.does_without(delivery, &error) => {
                             tracing::warn!(task_id = %run.task_id, file = name, %error, "a file was not taken");
                             left_out += 1;
                             if !matches!(error, TrackingError::Refused { .. } | TrackingError::Missing { .. })

@@ -1,15 +1,15 @@
 //! The model registry: one registered model per study, one version per completed run, the alias `best` on the best.
 //!
 //! Scores are compared only when they are the same score on the same validation images; more is better. Whether the alias moves is
-//! read and written in two requests, so it is read again afterwards: of two machines that end runs in the same
-//! moment, the one with the better run writes last.
+//! read and written in two requests. Of machines that end runs in the same moment, each makes its version before it looks,
+//! and looks for a better one after it wrote: whoever writes last has seen them all.
 
 use std::collections::HashMap;
 
 use serde_json::json;
 
 use super::runs::{INSTANCE, RunView, items, pairs};
-use super::{MlflowSink, is_dispensed_with, names};
+use super::{MlflowSink, names};
 use crate::adapters::tracking::TrackingError;
 use crate::job::delivery::{RunEndBody, RunRef};
 
@@ -19,6 +19,8 @@ pub(super) const REGISTRY: &str = "boxwright.registry";
 const BEST: &str = "best";
 /// Looks at the alias before it is left as it is.
 const LOOKS_MAX: usize = 4;
+/// The newest versions of a study that are looked at after the alias was moved.
+const VERSIONS_MAX: &str = "1000";
 
 /// A version's score.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,13 +46,13 @@ impl Score {
 }
 
 impl MlflowSink {
-    /// Enters a completed run and says what was done; a registry that refuses, or has failed at `attempts` and fails
-    /// again, is no failure of the run.
+    /// Enters a completed run and says what was done; a registry that refuses, or fails again and again at this
+    /// `delivery`, is no failure of the run.
     pub(super) async fn register(
         &self,
         view: &RunView,
         end: &RunEndBody,
-        attempts: u32,
+        delivery: i64,
     ) -> Result<String, TrackingError> {
         let Some(url) = &end.best_url else {
             return Ok("not registered: its best weights are in no store".to_owned());
@@ -58,7 +60,7 @@ impl MlflowSink {
         match self.enter(view, end, url).await {
             Ok(said) => Ok(said),
             Err(error)
-                if matches!(error, TrackingError::Delivery { .. }) || is_dispensed_with(&error, attempts) =>
+                if matches!(error, TrackingError::Delivery { .. }) || self.does_without(delivery, &error) =>
             {
                 tracing::warn!(task_id = %end.run.task_id, %error, "the run is not entered in the model registry");
                 Ok(format!("not registered: {error}"))
@@ -143,10 +145,11 @@ impl MlflowSink {
         score: Option<Score>,
     ) -> Result<bool, TrackingError> {
         for _ in 0..LOOKS_MAX {
-            let is_due = match self.best_of(study).await? {
+            let seen = self.best_of(study).await?;
+            let is_due = match seen.as_deref() {
                 None => true,
                 Some(best) if best == version => return Ok(true),
-                Some(best) => match (&score, self.score_of(study, &best).await?) {
+                Some(best) => match (&score, self.score_of(study, best).await?) {
                     (Some(own), Some(other)) => own.is_better_than(&other),
                     // A best without a comparable score was set by a person, or is the first.
                     _ => false,
@@ -155,10 +158,47 @@ impl MlflowSink {
             if !is_due {
                 return Ok(false);
             }
-            let body = json!({ "name": study, "alias": BEST, "version": version });
-            self.client.post("registered-models/alias", &body).await?;
+            self.set_best(study, version).await?;
+            if let Some(score) = &score
+                && let Some(better) = self.better_since(study, seen.as_deref(), score).await?
+            {
+                self.set_best(study, &better).await?;
+                return Ok(false);
+            }
         }
         Ok(self.best_of(study).await?.as_deref() == Some(version))
+    }
+
+    async fn set_best(&self, study: &str, version: &str) -> Result<(), TrackingError> {
+        let body = json!({ "name": study, "alias": BEST, "version": version });
+        self.client.post("registered-models/alias", &body).await.map(|_| ())
+    }
+
+    /// The best version with a better score than this one, of those that are newer than `seen`: what was there before was weighed
+    /// already, by a run or by a person.
+    async fn better_since(
+        &self,
+        study: &str,
+        seen: Option<&str>,
+        score: &Score,
+    ) -> Result<Option<String>, TrackingError> {
+        let Some(name) = names::quoted(study) else { return Ok(None) };
+        let filter = format!("name = {name}");
+        let query =
+            [("filter", filter.as_str()), ("max_results", VERSIONS_MAX), ("order_by", "version_number DESC")];
+        let answer = self.client.get("model-versions/search", &query).await?;
+        let seen: u64 = seen.and_then(|seen| seen.parse().ok()).unwrap_or(0);
+        let versions = answer["model_versions"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let mut best: Option<(Score, String)> = None;
+        for version in versions {
+            let Some(number) = version["version"].as_str() else { continue };
+            let is_newer = number.parse::<u64>().is_ok_and(|number| number > seen);
+            let Some(other) = Score::read(&pairs(&version["tags"])).filter(|_| is_newer) else { continue };
+            if other.is_better_than(best.as_ref().map_or(score, |(best, _)| best)) {
+                best = Some((other, number.to_owned()));
+            }
+        }
+        Ok(best.map(|(_, number)| number))
     }
 
     /// The version under the alias.
