@@ -116,18 +116,42 @@ fn internal(reason: String) -> Ending {
 /// True when the run was begun before and this machine may not have the newest of it.
 fn must_restore(record: &JobRecord) -> bool {
     let is_begun = record.attempts_all() > 1 || record.continued().is_some();
-    is_begun && (record.attempts_before > 0 || !has_checkpoint(&record.run_dir))
+    let was_elsewhere =
+        record.attempts_before > 0 || record.continued().is_some_and(|continued| continued.was_elsewhere);
+    is_begun && (was_elsewhere || !has_checkpoint(&record.run_dir))
 }
 
 /// True when the work that was done lies in the store and not here, or may do so: to begin without it would do that work
 /// again and replace what is stored of it.
 fn is_elsewhere(record: &JobRecord) -> bool {
-    let is_here = record.has_made_checkpoint() && has_checkpoint(&record.run_dir);
+    let is_ours = record.has_made_checkpoint() || was_brought(record);
+    let is_here = is_ours && has_checkpoint(&record.run_dir);
     let continued = record.continued();
     let was_done = record.attempts_before > 0
         || record.has_made_checkpoint()
         || continued.is_some_and(|continued| continued.has_checkpoint || continued.was_elsewhere);
     record.spec.mode == JobMode::Train && was_done && !is_here
+}
+
+/// Beside the run folder's checkpoints: the owner for whom they were brought from the store.
+const BROUGHT: &str = "state/brought";
+
+fn owner(record: &JobRecord) -> String {
+    format!("{} {}\n", record.instance, record.fence)
+}
+
+/// True when the newest checkpoint was brought from the store for this very owner: what it makes comes on top of it.
+fn was_brought(record: &JobRecord) -> bool {
+    std::fs::read_to_string(record.run_dir.join(BROUGHT)).is_ok_and(|text| text == owner(record))
+}
+
+fn note_brought(record: &JobRecord) {
+    let path = record.run_dir.join(BROUGHT);
+    let folder = path.parent().unwrap_or(&record.run_dir);
+    // Losing it costs a wait in an outage, nothing else.
+    if let Err(error) = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&path, owner(record))) {
+        tracing::debug!(task_id = %record.task_id, "{} is not written: {error}", path.display());
+    }
 }
 
 /// True when it was told to go on from a checkpoint, and the run folder has none.
@@ -190,6 +214,7 @@ async fn bring_run(record: &JobRecord, supply: &Supply) -> Result<(), Ending> {
         match ownership.claim_and_restore(record, supply).await {
             Ok(restored) => {
                 check_restored(record, restored.as_ref())?;
+                note_brought(record);
                 say_restored(id, restored.as_ref(), ownership.left_by.as_deref());
                 return Ok(());
             }

@@ -125,6 +125,34 @@ async fn a_job_that_has_nothing_yet_needs_no_store() {
 }
 
 #[tokio::test]
+async fn what_was_brought_for_this_owner_needs_no_store_again() {
+    let mut world = World::new();
+    let record = world.job("a", Some(from_elsewhere()), None);
+    // The store had nothing but what is here already.
+    std::fs::create_dir_all(record.run_dir.join("state")).expect("made");
+    std::fs::write(record.run_dir.join("state/step-000000010.ckpt"), "one").expect("written");
+    assert!(is_elsewhere(&record), "the newest may be another one");
+    assert_eq!(class(world.bring(&record).await), None);
+    assert!(!is_elsewhere(&record));
+    world.put_manifest("a", "{".into()).await;
+    assert_eq!(class(world.bring(&record).await), None, "what is here is the newest");
+    let later = JobRecord { fence: record.fence + 1, ..record };
+    assert!(is_elsewhere(&later), "another machine had it in between");
+}
+
+#[tokio::test]
+async fn a_resumed_job_that_was_elsewhere_asks_the_store_whatever_lies_here() {
+    let mut world = World::new();
+    let continues = Continued { instances: vec!["i1".into()], has_checkpoint: true, was_elsewhere: true };
+    let record = world.job("a", None, Some(continues));
+    std::fs::create_dir_all(record.run_dir.join("state")).expect("made");
+    std::fs::write(record.run_dir.join("state/step-000000010.ckpt"), "one").expect("written");
+    world.put_manifest("a", "{".into()).await;
+    assert!(must_restore(&record));
+    assert_eq!(class(world.bring(&record).await), Some(FailureClass::Storage));
+}
+
+#[tokio::test]
 async fn a_resumed_job_goes_on_from_something() {
     let mut world = World::new();
     let continues = |has_checkpoint| Continued {
