@@ -244,7 +244,7 @@ impl SideServices {
     pub fn show_again(&self, records: Vec<JobRecord>) {
         let Some(reporter) = &self.reporter else { return };
         for record in records {
-            reporter.notice(&Notice::Left(Box::new(record)));
+            reporter.show_again(record);
         }
     }
 

@@ -112,6 +112,10 @@ fn store(journal: &Journal, names: &[String]) -> Result<(), CliError> {
 /// Waits until nothing runs in these slots and the service will start nothing more there.
 fn wait(journal: &Journal, names: &[String]) -> Result<(), CliError> {
     loop {
+        let now = drained(journal.flag(DRAINED_FLAG).map_err(failed)?.as_deref());
+        if !now.iter().any(|name| name == "all") && names.iter().any(|name| !now.contains(name)) {
+            return Err(CliError::failed("the drain was taken back while it was waited for"));
+        }
         let is_over = match running_slots(journal)? {
             Some(slots) => is_empty(&slots, names),
             // Of a service that was killed the trainers may still be saving.
@@ -139,6 +143,16 @@ fn is_empty(slots: &[SlotRecord], names: &[String]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_drain_that_is_taken_back_is_not_waited_for() {
+        let journal = Journal::in_memory().expect("opens");
+        let all = ["all".to_owned()];
+        assert!(wait(&journal, &all).is_err(), "nothing is drained");
+        store(&journal, &all).expect("stored");
+        wait(&journal, &all).expect("nothing runs");
+        wait(&journal, &["cpu 0".to_owned()]).expect("a drain of the machine is one of each slot");
+    }
 
     #[test]
     fn a_slot_that_is_free_may_still_be_given_a_job() {

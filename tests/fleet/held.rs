@@ -64,6 +64,22 @@ fn elements_of_a_machine_that_was_cut_off_are_worked_on_once() {
 }
 
 #[test]
+fn what_a_drained_machine_had_taken_before_it_started_is_looked_at_when_it_is_undrained() {
+    let Some(park) = Park::new() else { return };
+    let mut machine = park.machine("machine");
+    // As a service leaves it that is killed between taking an element and accepting it.
+    let text = element(&machine, "a", "steps=1", "");
+    let _: i64 = park.client().rpush("training_queue:processing:machine", text).expect("pushed");
+    assert!(machine.run(&["drain"]).status.success());
+    machine.start();
+    machine.wait_log("takes jobs from");
+    assert!(machine.record("a").is_none());
+    assert!(machine.run(&["undrain"]).status.success());
+    machine.wait_state("a", JobState::Completed);
+    machine.end_service(libc::SIGTERM);
+}
+
+#[test]
 fn a_machine_whose_journal_cannot_be_written_leaves_jobs_to_others() {
     let Some(park) = Park::new() else { return };
     let (mut full, mut other) = (park.machine("full"), park.machine("other"));

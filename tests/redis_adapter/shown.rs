@@ -197,6 +197,19 @@ async fn on_a_cluster_it_shows_nothing_either() {
 }
 
 #[tokio::test]
+async fn an_end_that_was_shown_is_not_shown_again_by_the_next_start() {
+    let Some(server) = RedisServer::start() else { return };
+    let fleet = fleet(&server, "a");
+    let (run, poor) = (run_ref("t", "a", 7), fields(&[("status", "completed")]));
+    let whole = fields(&[("status", "completed"), ("gpu_0_name", "N")]);
+    assert!(fleet.progress(&run, &fields(&[("status", "running")]), false).await.expect("shown"));
+    assert!(fleet.progress_again(&run, &poor, true).await.expect("shown"), "its end was not shown yet");
+    assert!(fleet.progress(&run, &whole, true).await.expect("shown"));
+    assert!(!fleet.progress_again(&run, &poor, true).await.expect("an answer"));
+    assert_eq!(get::<String>(&server, &["HGET", "progress:t", "gpu_0_name"]), "N");
+}
+
+#[tokio::test]
 async fn a_waiting_job_is_shown_unless_a_machine_works_on_its_task_id() {
     let Some(server) = RedisServer::start() else { return };
     let fleet = fleet(&server, "a");

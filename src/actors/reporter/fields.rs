@@ -17,6 +17,8 @@ use crate::job::state::JobState;
 pub(super) struct Shown {
     pub(super) record: JobRecord,
     pub(super) is_dirty: bool,
+    /// Nothing happened to it since the service started: it may be shown already.
+    pub(super) is_again: bool,
     /// The job has ended and the log was sent to its end once since.
     pub(super) is_log_complete: bool,
     /// The last word of the session, by the names of its events.
@@ -42,7 +44,22 @@ impl Shown {
         let (epoch, checkpoint) = (known["last_epoch"].clone(), known["last_checkpoint"].clone());
         // Before the first epoch a `batch` in it is the size of one.
         let (step, plan) = if known["epoch"].is_u64() { (known, Json::Null) } else { (Json::Null, known) };
-        Self { record, is_dirty: true, is_log_complete: false, step, epoch, plan, checkpoint, pace: None }
+        Self {
+            record,
+            is_dirty: true,
+            is_again: false,
+            is_log_complete: false,
+            step,
+            epoch,
+            plan,
+            checkpoint,
+            pace: None,
+        }
+    }
+
+    /// The same of a job of an earlier start of the service.
+    pub(super) fn again(record: JobRecord) -> Self {
+        Self { is_again: true, ..Self::new(record) }
     }
 
     /// True when something of it may be to be shown: it changed, or its log may have grown.
@@ -57,7 +74,7 @@ impl Shown {
             Ordering::Less => {}
             Ordering::Equal => {
                 self.record = record;
-                (self.is_dirty, self.is_log_complete) = (true, false);
+                (self.is_dirty, self.is_again, self.is_log_complete) = (true, false, false);
             }
             Ordering::Greater => *self = Self::new(record),
         }
@@ -82,7 +99,7 @@ impl Shown {
             let known = self.pace.filter(|pace| pace.attempt == attempt);
             self.pace = Some(Pace { attempt, from: known.map_or(now, |pace| pace.from), to: now });
         }
-        self.is_dirty = true;
+        (self.is_dirty, self.is_again) = (true, false);
     }
 
     /// All fields, as text.

@@ -102,6 +102,16 @@ impl Reporter {
         }
     }
 
+    /// Shows a job of an earlier start of the service, unless it is shown to have ended.
+    pub fn show_again(&self, record: JobRecord) {
+        let Ok(mut jobs) = self.board.jobs.lock() else { return };
+        if jobs.len() < JOBS_MAX && !jobs.contains_key(&record.task_id) {
+            jobs.insert(record.task_id.clone(), Shown::again(record));
+        }
+        drop(jobs);
+        self.board.nudge.notify_one();
+    }
+
     /// Shows what is left to show and ends.
     pub fn finish(&self) {
         self.board.must_end.store(true, Ordering::SeqCst);
@@ -226,23 +236,27 @@ impl Round {
     async fn show(&self, job: &Wanted) -> Result<(), FleetError> {
         let machine = self.telemetry.newest();
         let task_id = &job.run.task_id;
-        let Some((run, fields, is_final)) = self.board.jobs.lock().ok().and_then(|mut jobs| {
+        let Some((run, fields, is_final, is_again)) = self.board.jobs.lock().ok().and_then(|mut jobs| {
             let shown = jobs.get_mut(task_id).filter(|shown| shown.is_dirty)?;
+            let is_again = std::mem::take(&mut shown.is_again);
             shown.is_dirty = false;
             let state = shown.record.state;
             // It may have become another run since it was looked for.
             let run = outgoing::run_of(&self.config.machine_id, &shown.record);
             (state != JobState::Moved)
-                .then(|| (run, shown.fields(&self.config, machine.as_deref()), state.is_terminal()))
+                .then(|| (run, shown.fields(&self.config, machine.as_deref()), state.is_terminal(), is_again))
         }) else {
             return Ok(());
         };
-        let shown = self.fleet.progress(&run, &fields, is_final).await;
+        let shown = match is_again {
+            true => self.fleet.progress_again(&run, &fields, is_final).await,
+            false => self.fleet.progress(&run, &fields, is_final).await,
+        };
         if shown.as_ref().is_err_and(|error| error.retry() == Retry::Reconnect)
             && let Ok(mut jobs) = self.board.jobs.lock()
             && let Some(shown) = jobs.get_mut(task_id)
         {
-            shown.is_dirty = true;
+            (shown.is_dirty, shown.is_again) = (true, is_again);
         }
         shown.map(drop)
     }

@@ -39,7 +39,8 @@ impl Consumer {
             let lease = Duration::from_millis(self.parts.config.redis.lease_ms());
             self.no_steal_until = Instant::now() + lease;
         }
-        if self.is_intruded.is_none() && !standing.is_closing {
+        self.has_unread = self.is_intruded.is_some() || standing.is_closing;
+        if !self.has_unread {
             // What was put off is among what is pending.
             self.later.clear();
             self.consider_all(fleet.own_pending(PENDING_MAX).await?, &standing).await?;
@@ -80,6 +81,10 @@ impl Consumer {
     /// One heartbeat.
     pub(super) async fn beat(&mut self, standing: &Standing) -> Result<(), Trouble> {
         self.announce(standing).await?;
+        if self.has_unread && self.is_intruded.is_none() && !standing.is_closing {
+            // The next round begins as after an outage, and reads what this machine had taken before it started.
+            self.is_connected = false;
+        }
         let held = self.parts.keeper.with(|journal| journal.held_shared()).await?;
         let surrendered = self.renew(held).await?;
         let gpus = self.claim_gpus(&standing.slots).await?;

@@ -102,6 +102,7 @@ impl StreamConsumer {
             nudge: nudge.clone(),
             shared: shared.clone(),
             is_connected: false,
+            has_unread: false,
             was_heard: false,
             is_intruded: None,
             failures: 0,
@@ -183,6 +184,8 @@ struct Consumer {
     shared: Arc<Shared>,
     /// The last call succeeded.
     is_connected: bool,
+    /// What this machine had taken before could not be looked at yet: its name was in use, or it was drained.
+    has_unread: bool,
     /// The supervisor was told of an answer at least once.
     was_heard: bool,
     /// Since when another service uses this machine's name.

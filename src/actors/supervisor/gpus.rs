@@ -254,8 +254,10 @@ impl Supervisor {
         let keeper = self.keeper.clone();
         let work =
             async move { keeper.with(move |journal| journal.set_board(&SlotBoard { service, slots })).await };
-        ctx.spawn(work.into_actor(self).map(|result, _actor, _ctx| {
+        ctx.spawn(work.into_actor(self).map(|result, actor, _ctx| {
             if let Err(error) = result {
+                // The next round writes it.
+                actor.survey.published.clear();
                 log_journal("note the slots", &error);
             }
         }));

@@ -23,8 +23,10 @@ pub(in crate::actors) fn prepare_log(record: &JobRecord) {
     if has_begun && !record.state.is_terminal() {
         logs::keep_job_log(task_id);
     }
-    let is_new_run = !has_begun && record.state == JobState::Queued;
-    logs::set_job_log(task_id, spec.log_level.as_deref(), spec.log_format.as_deref(), is_new_run);
+    // A job of the command line is first heard of when its first attempt begins.
+    let is_first = record.attempts <= 1 && matches!(record.state, JobState::Queued | JobState::Preparing);
+    let run = is_first.then_some(record.seq);
+    logs::set_job_log(task_id, spec.log_level.as_deref(), spec.log_format.as_deref(), run);
 }
 
 /// Lets the log file of a job that has ended go some time.

@@ -33,8 +33,8 @@ pub enum Message {
         level: Option<Level>,
         /// Format.
         format: Option<LogFormat>,
-        /// A run of the job begins: what is in the file by now is of earlier ones.
-        is_new_run: bool,
+        /// The run that begins, by the number of its record: what is in the file when it is first named is of earlier ones.
+        run: Option<i64>,
     },
     /// Leave.
     End,
@@ -53,8 +53,8 @@ static SENDER: OnceLock<SyncSender<Message>> = OnceLock::new();
 struct Known {
     /// Jobs whose files are not removed.
     kept: BTreeSet<String>,
-    /// Bytes that a job's file had when its present run began, where it had any.
-    begins: BTreeMap<String, u64>,
+    /// The present run of a job, and the bytes that its file had when that began.
+    begins: BTreeMap<String, (i64, u64)>,
 }
 
 static KNOWN: Mutex<Known> = Mutex::new(Known { kept: BTreeSet::new(), begins: BTreeMap::new() });
@@ -80,7 +80,7 @@ pub fn let_job_log_go(task_id: &str) {
 
 /// The byte of a job's log file at which its present run begins; 0 when that is not known.
 pub fn job_log_begin(task_id: &str) -> u64 {
-    known().begins.get(task_id).copied().unwrap_or(0)
+    known().begins.get(task_id).map_or(0, |(_, bytes)| *bytes)
 }
 
 /// The log file of a job.
@@ -88,9 +88,9 @@ pub fn job_log_path(log_dir: &Path, task_id: &str) -> PathBuf {
     log_dir.join("jobs").join(format!("{task_id}.log"))
 }
 
-/// Sets level and format of one job's log; words as in the configuration. With `is_new_run` the next line is the first of a
-/// run. Nothing happens without log files.
-pub fn set_job_log(task_id: &str, level: Option<&str>, format: Option<&str>, is_new_run: bool) {
+/// Sets level and format of one job's log; words as in the configuration. The next line is the first of
+/// `run`, when that is given for the first time. Nothing happens without log files.
+pub fn set_job_log(task_id: &str, level: Option<&str>, format: Option<&str>, run: Option<i64>) {
     let Some(sender) = SENDER.get() else { return };
     let level = level.map(|word| match word {
         "TRACE" => Level::TRACE,
@@ -100,7 +100,7 @@ pub fn set_job_log(task_id: &str, level: Option<&str>, format: Option<&str>, is_
         _ => Level::INFO,
     });
     let format = format.map(LogFormat::parse);
-    let settings = Message::Settings { task_id: task_id.to_owned(), level, format, is_new_run };
+    let settings = Message::Settings { task_id: task_id.to_owned(), level, format, run };
     // Losing it would lose a preference of spelling, and show lines of an earlier run again; nothing else.
     let _ = sender.try_send(settings);
 }
@@ -164,12 +164,12 @@ impl Writer {
         while let Ok(message) = receiver.recv() {
             match message {
                 Message::End => break,
-                Message::Settings { task_id, level, format, is_new_run } => {
+                Message::Settings { task_id, level, format, run } => {
                     if self.settings.len() > REMEMBERED_MAX {
                         self.settings.clear();
                     }
-                    if is_new_run {
-                        self.note_begin(&task_id);
+                    if let Some(run) = run {
+                        self.note_begin(&task_id, run);
                     }
                     self.settings.insert(task_id, Settings { level, format });
                 }
@@ -180,17 +180,17 @@ impl Writer {
     }
 
     /// Notes where in its file the run of a job begins.
-    fn note_begin(&self, task_id: &str) {
+    fn note_begin(&self, task_id: &str, run: i64) {
         let path = self.dir.join(format!("{task_id}.log"));
         let bytes = path.metadata().map_or(0, |metadata| metadata.len());
         let begins = &mut known().begins;
-        begins.remove(task_id);
-        if bytes > 0 {
-            if begins.len() >= REMEMBERED_MAX {
-                begins.clear();
-            }
-            begins.insert(task_id.to_owned(), bytes);
+        if begins.get(task_id).is_some_and(|(known, _)| *known == run) {
+            return;
         }
+        if begins.len() >= REMEMBERED_MAX {
+            begins.clear();
+        }
+        begins.insert(task_id.to_owned(), (run, bytes));
     }
 
     fn write(&mut self, line: &LogLine) -> std::io::Result<()> {

@@ -127,11 +127,15 @@ fn a_run_begins_where_the_file_of_earlier_ones_ends() {
     for run in 0..2 {
         let jobs = JobLogs::start(folder.path().join("jobs"), LogFormat::Simple, 3).expect("starts");
         let task_id = id.to_owned();
-        let settings =
-            super::jobs::Message::Settings { task_id, level: None, format: None, is_new_run: true };
-        jobs.sender().send(settings).expect("runs");
+        let settings = || {
+            let task_id = task_id.clone();
+            super::jobs::Message::Settings { task_id, level: None, format: None, run: Some(run) }
+        };
+        jobs.sender().send(settings()).expect("runs");
         let line = LogLine { task_id: Some(id.to_owned()), message: format!("run {run}"), ..line() };
         jobs.sender().send(super::jobs::Message::Line(line)).expect("runs");
+        // The same run again: it began before.
+        jobs.sender().send(settings()).expect("runs");
         drop(jobs);
     }
     let text = std::fs::read_to_string(job_log_path(folder.path(), id)).expect("written");

@@ -285,7 +285,7 @@ impl RedisConfig {
         }
         // The password in an address that a user sets goes before a file that a container comes with.
         if set("REDIS_PASSWORD").is_some() || !has_password {
-            secret_variable(&["REDIS_PASSWORD"], &mut self.password, set, faults);
+            secret_variable("REDIS_PASSWORD", &mut self.password, set, faults);
         }
         for (name, target) in [("TOPIC", &mut self.topic), ("RESULT_TOPIC", &mut self.result_topic)] {
             if let Some(value) = set(name) {
@@ -322,21 +322,18 @@ fn masked(url: &str) -> String {
     crate::job::spec::masked(&serde_json::Value::from(url)).as_str().unwrap_or_default().to_owned()
 }
 
-/// A secret from the first of these variables that is set, or else from the first file that a `NAME_FILE` names: what a
-/// user sets outright goes before the files that a container comes with.
+/// A secret from the variable `name`, or from the file that `name_FILE` names: what a user sets outright goes before the
+/// files that a container comes with.
 fn secret_variable(
-    names: &[&str],
+    name: &str,
     target: &mut Option<Secret>,
     set: &dyn Fn(&str) -> Option<String>,
     faults: &mut Faults,
 ) {
-    if let Some(value) = names.iter().find_map(|name| set(name)) {
+    if let Some(value) = set(name) {
         *target = Some(Secret::new(value));
-        return;
-    }
-    let mut files = names.iter().map(|name| format!("{name}_FILE"));
-    if let Some((name, file)) = files.find_map(|name| set(&name).map(|file| (name, file))) {
-        *target = secret_file(Path::new(&file), &name, faults);
+    } else if let Some(file) = set(&format!("{name}_FILE")) {
+        *target = secret_file(Path::new(&file), &format!("{name}_FILE"), faults);
     }
 }
 
@@ -391,8 +388,16 @@ impl StoreConfig {
         if let Some(region) = set("AWS_REGION") {
             self.region = region;
         }
-        secret_variable(&["MINIO_ID", "AWS_ACCESS_KEY_ID"], &mut self.id, set, faults);
-        secret_variable(&["MINIO_SECRET_KEY", "AWS_SECRET_ACCESS_KEY"], &mut self.secret, set, faults);
+        // Never the name of one pair with the key of another.
+        const PAIRS: [[&str; 2]; 2] =
+            [["MINIO_ID", "MINIO_SECRET_KEY"], ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]];
+        let outright = |pair: &&[&str; 2]| pair.iter().any(|name| set(name).is_some());
+        let of_files = |pair: &&[&str; 2]| pair.iter().any(|name| set(&format!("{name}_FILE")).is_some());
+        let pair = PAIRS.iter().find(outright).or_else(|| PAIRS.iter().find(of_files));
+        if let Some([id, secret]) = pair {
+            secret_variable(id, &mut self.id, set, faults);
+            secret_variable(secret, &mut self.secret, set, faults);
+        }
     }
 }
 
@@ -433,8 +438,8 @@ impl MlflowConfig {
         if let Some(name) = set("MLFLOW_TRACKING_USERNAME") {
             self.username = Some(name);
         }
-        secret_variable(&["MLFLOW_TRACKING_PASSWORD"], &mut self.password, set, faults);
-        secret_variable(&["MLFLOW_TRACKING_TOKEN"], &mut self.token, set, faults);
+        secret_variable("MLFLOW_TRACKING_PASSWORD", &mut self.password, set, faults);
+        secret_variable("MLFLOW_TRACKING_TOKEN", &mut self.token, set, faults);
     }
 }
 
@@ -522,6 +527,8 @@ mod tests {
         assert_eq!(words(&sentinels.expect("valid"))[0], of_file());
         let keys = with(&[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "key")]);
         assert_eq!(words(&keys), [of_file(), Some("id".into()), Some("key".into())]);
+        let keys = with(&[("MINIO_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "of another pair")]);
+        assert_eq!(words(&keys), [of_file(), Some("id".into()), of_file()]);
     }
 
     #[test]

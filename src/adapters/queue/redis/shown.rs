@@ -75,6 +75,21 @@ impl Fleet {
         self.put_progress(run.into(), fields, "whole", ttl_ms).await
     }
 
+    /// The same for a job of an earlier start of the service, of which it is not known whether it was shown: nothing changes
+    /// when it is shown to have ended.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn progress_again(
+        &self,
+        run: &RunRef,
+        fields: &[(String, String)],
+        is_final: bool,
+    ) -> Result<bool, FleetError> {
+        let ttl_ms = if is_final { self.progress_ttl_ms() } else { 0 };
+        self.put_progress(run.into(), fields, "again", ttl_ms).await
+    }
+
     /// Shows how a job has ended beside what is shown of its run already. False as for [`Fleet::progress`].
     ///
     /// # Errors
