@@ -54,7 +54,7 @@ pub fn recover(
 ) -> Result<Vec<JobRecord>, QueueError> {
     let mut changed = Vec::new();
     for record in journal.active()? {
-        super::supervisor::prepare_log(&record);
+        super::supervisor::prepare_log_again(&record);
         let mut left = process::with_argument(&child_spec_path(state_dir, &record.task_id));
         left.extend(record.process.filter(|&process| process::is_alive(process)));
         for process in left {

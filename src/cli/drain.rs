@@ -58,7 +58,9 @@ pub fn drain(args: DrainArgs) -> Result<ExitCode, CliError> {
     wake_service(&config);
     println!("drained: {}", names.join(", "));
     if args.wait {
-        wait(&journal, &names)?;
+        // Slots that were drained before may be given back meanwhile.
+        let asked = if args.slots.is_empty() { &names } else { &args.slots };
+        wait(&journal, asked)?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -120,6 +120,7 @@ async fn a_dataset_does_not_change_while_a_job_trains_on_it() {
     assert_eq!((shared.folder, shared.fetched), (copy.folder, 0));
     // The folder itself is brought up to date once nobody trains on it.
     drop((in_use, c));
+    put(store.as_ref(), &datasets, "cells/data.yaml", "third").await;
     let (changed, _in_use) = bring("the job e").await.expect("staged");
     assert_eq!((changed.fetched, changed.removed), (2, 1));
     assert_eq!(changed.folder, staged.folder);
@@ -152,12 +153,19 @@ async fn a_dataset_has_a_limited_number_of_copies() {
     for (state, (staged, _)) in ["1", "2", "3", "4"].into_iter().zip(&users) {
         assert_eq!(text(staged.folder.join("data.yaml")), state);
     }
+    // What lies there whole is used, though the first folder is free to be changed.
+    let (_, first) = users.remove(0);
+    drop(first);
+    let (again, _user) = stage(store.as_ref(), cache.path(), &dataset, "4").await.expect("staged");
+    assert_eq!((&again.folder, again.fetched), (&users[2].0.folder, 0));
+    put(store.as_ref(), &datasets, "cells/data.yaml", "1").await;
+    users.push(stage(store.as_ref(), cache.path(), &dataset, "1").await.expect("staged"));
     put(store.as_ref(), &datasets, "cells/data.yaml", "5").await;
     let fifth = stage(store.as_ref(), cache.path(), &dataset, "5");
     tokio::pin!(fifth);
     let waits = tokio::time::timeout(Duration::from_secs(1), &mut fifth).await;
     assert!(waits.is_err(), "four states are used: {waits:?}");
-    drop(users.remove(0));
+    drop(users.pop());
     assert_eq!(text(fifth.await.expect("staged").0.folder.join("data.yaml")), "5");
 }
 

@@ -25,7 +25,7 @@ pub use fleet::{DRAINED_FLAG, FleetHeard, GiveBack, HowDoYouStand, ShutFleet, St
 pub use messages::{
     ChildEnded, ChildEvent, ChildStarted, Introduce, IsIdle, KillAll, Shutdown, StopJob, Wake,
 };
-pub(super) use progress::{end_log, prepare_log};
+pub(super) use progress::{end_log, prepare_log, prepare_log_again};
 
 use super::endings;
 use super::folder_watcher::{FolderWatcher, Look};

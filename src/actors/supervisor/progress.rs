@@ -18,14 +18,23 @@ use crate::job::state::JobState;
 /// Gives the job's log the level and format that the job asked for; called before the first line about it. The file of a job
 /// that has begun stays until [`end_log`].
 pub(in crate::actors) fn prepare_log(record: &JobRecord) {
+    // A job of the command line is first heard of when its first attempt begins.
+    let is_first =
+        matches!((record.attempts, record.state), (0, JobState::Queued) | (1, JobState::Preparing));
+    prepare(record, is_first.then_some(record.seq));
+}
+
+/// The same for a job that an earlier start of the service had: where its run begins in the file is not known.
+pub(in crate::actors) fn prepare_log_again(record: &JobRecord) {
+    prepare(record, None);
+}
+
+fn prepare(record: &JobRecord, run: Option<i64>) {
     let (spec, task_id) = (&record.spec, record.task_id.as_str());
     let has_begun = record.attempts > 0;
     if has_begun && !record.state.is_terminal() {
         logs::keep_job_log(task_id);
     }
-    // A job of the command line is first heard of when its first attempt begins.
-    let is_first = record.attempts <= 1 && matches!(record.state, JobState::Queued | JobState::Preparing);
-    let run = is_first.then_some(record.seq);
     logs::set_job_log(task_id, spec.log_level.as_deref(), spec.log_format.as_deref(), run);
 }
 

@@ -56,21 +56,33 @@ impl Held {
     }
 }
 
-/// Keeps the dataset in `folder` from changes. Waits while it is being changed.
+/// Keeps the dataset in `folder` from changes; `None` while it is being changed.
+///
+/// # Errors
+/// Those of the file system.
+pub(super) fn try_hold(folder: &Path) -> Result<Option<Held>, StoreError> {
+    let (lock, path) = open(folder)?;
+    Ok(taken(lock.try_lock_shared(), &path)?.then(|| Held { lock, folder: folder.to_owned() }))
+}
+
+/// The same, waiting while it is being changed, and whether that was so.
 ///
 /// # Errors
 /// [`StoreError::Timeout`] when that takes 6 hours; those of the file system.
-pub(super) async fn hold(folder: &Path) -> Result<Held, StoreError> {
-    let (lock, path) = open(folder)?;
+pub(super) async fn hold(folder: &Path) -> Result<(Held, bool), StoreError> {
     let begun = Instant::now();
-    while !taken(lock.try_lock_shared(), &path)? {
+    let mut has_waited = false;
+    loop {
+        if let Some(held) = try_hold(folder)? {
+            return Ok((held, has_waited));
+        }
+        has_waited = true;
         if begun.elapsed() > FETCH_LIMIT {
             let limit_ms = FETCH_LIMIT.as_millis() as u64;
-            return Err(StoreError::Timeout { what: format!("lock {}", path.display()), limit_ms });
+            return Err(StoreError::Timeout { what: format!("lock {}", folder.display()), limit_ms });
         }
         tokio::time::sleep(INTERVAL).await;
     }
-    Ok(Held { lock, folder: folder.to_owned() })
 }
 
 /// The lock of a folder for whoever changes it; `None` while others use, change or look at it.
@@ -100,9 +112,14 @@ fn taken(tried: Result<(), TryLockError>, path: &Path) -> Result<bool, StoreErro
 
 fn write_name(path: &Path, user: &str) -> Option<File> {
     fs::create_dir_all(path.parent()?).ok()?;
-    let mut file = File::create_new(path).ok()?;
-    file.try_lock().ok()?;
-    file.write_all(user.as_bytes()).ok()?;
+    // Locked before others see it: one that is not is taken for a dead one's.
+    let hidden = path.with_file_name(format!(".{}", path.file_name()?.to_str()?));
+    let mut file = File::create_new(&hidden).ok()?;
+    let is_written = file.try_lock().is_ok() && file.write_all(user.as_bytes()).is_ok();
+    if !is_written || fs::rename(&hidden, path).is_err() {
+        fs::remove_file(&hidden).ok();
+        return None;
+    }
     Some(file)
 }
 
@@ -110,6 +127,9 @@ fn write_name(path: &Path, user: &str) -> Option<File> {
 pub(super) fn users(folder: &Path) -> Vec<String> {
     let mut users = Vec::new();
     for entry in fs::read_dir(folder.join(USERS)).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
         let Ok(file) = File::open(entry.path()) else { continue };
         match file.try_lock_shared() {
             // Left by a process that died.
@@ -133,7 +153,7 @@ mod tests {
     async fn a_folder_that_is_used_is_not_changed_and_the_users_are_named() {
         let folder = tempfile::tempdir().expect("a folder");
         let is_free = || try_alone(folder.path()).expect("a lock").is_some();
-        let hold = || hold(folder.path());
+        let hold = async || hold(folder.path()).await.map(|(held, _)| held);
         let first = hold().await.expect("free").named("the job a");
         let second = hold().await.expect("shared").named("the job b");
         let third = hold().await.expect("shared");

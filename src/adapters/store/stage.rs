@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::error::StoreError;
-use super::in_use::{INTERVAL, LOCK, USE_LIMIT, hold, try_alone, users};
+use super::in_use::{INTERVAL, LOCK, USE_LIMIT, hold, try_alone, try_hold, users};
 use super::local::write_whole;
 use super::names::fault_of_path;
 use super::{BucketName, ObjectEntry, ObjectKey, ObjectStore, Refused, blocking, hex};
@@ -41,6 +41,8 @@ const OBJECTS_MAX: usize = 2_000_000;
 const PARALLEL: usize = 8;
 /// A dataset is brought up to date so often while others change it again.
 const CHANGES_MAX: u32 = 5;
+/// Whoever looks at a folder lets go of it at once: after so long it is somebody who uses it.
+const UNNAMED_LIMIT: Duration = Duration::from_secs(60);
 /// What the store has is believed for so long.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// Bytes of the file system that a fetch leaves free: the journal may lie there, too.
@@ -112,93 +114,136 @@ pub async fn stage(
     dataset: &DatasetRef,
     user: &str,
 ) -> Result<(Staged, InUse), StoreError> {
-    let copies = (1..COPIES_MAX).map(|number| datasets_dir.join(COPIES).join(number.to_string()));
-    for root in std::iter::once(datasets_dir.to_owned()).chain(copies) {
-        let staged = stage_in(store, &root, dataset, user, Duration::ZERO).await;
-        if !matches!(staged, Err(StoreError::InUse { .. })) {
-            return staged;
-        }
-    }
-    stage_in(store, datasets_dir, dataset, user, USE_LIMIT).await
-}
-
-/// The same below `root`, and nowhere else: whoever uses another state of it there is waited for.
-async fn stage_in(
-    store: &dyn ObjectStore,
-    root: &Path,
-    dataset: &DatasetRef,
-    user: &str,
-    use_limit: Duration,
-) -> Result<(Staged, InUse), StoreError> {
-    let folder = root.join(dataset.bucket.as_str()).join(dataset.prefix.as_str());
-    let mut known: Option<Arc<Wanted>> = None;
-    let mut looked = Instant::now();
-    let mut used_since: Option<Instant> = None;
-    let mut done = Done::default();
-    let mut changes = 0;
-    // Each turn takes at least an interval or a change, and both are limited.
-    loop {
-        let held = hold(&folder).await?;
-        let wanted = match known.take().filter(|_| looked.elapsed() < LOOK_AGAIN) {
-            Some(wanted) => wanted,
-            None => {
-                looked = Instant::now();
-                match look(store, dataset).await {
-                    Err(error) if error.is_outage() => {
-                        let kept = kept(folder, dataset).await;
-                        return kept.map(|staged| (staged, held.named(user))).ok_or(error);
-                    }
-                    wanted => wanted?,
-                }
-            }
-        };
-        let (at, of) = (folder.clone(), wanted.clone());
-        if blocking(move || Ok(is_complete(&at, &of))).await? {
-            let path = dataset.file.as_ref().map_or_else(|| folder.clone(), |file| folder.join(file));
-            let fingerprint = wanted.fingerprint.clone();
-            let files = wanted.files.len();
-            let Done { fetched, bytes_fetched, removed } = done;
-            let staged = Staged {
-                path,
-                folder,
-                fingerprint,
-                files,
-                fetched,
-                bytes_fetched,
-                removed,
-                is_current: true,
-            };
+    let at = |root: &Path| root.join(dataset.bucket.as_str()).join(dataset.prefix.as_str());
+    let copies = (1..COPIES_MAX).map(|number| at(&datasets_dir.join(COPIES).join(number.to_string())));
+    let folders: Vec<PathBuf> = std::iter::once(at(datasets_dir)).chain(copies).collect();
+    let staging = Staging { store, dataset, user };
+    let wanted = match look(store, dataset).await {
+        Err(error) if error.is_outage() => return staging.keep(&folders[0]).await?.ok_or(error),
+        wanted => wanted?,
+    };
+    // A state that is here whole is used where it lies.
+    for folder in folders.iter().filter(|folder| folder.exists()) {
+        if let Some(held) = try_hold(folder)?
+            && let Some(staged) = staging.complete(folder, &wanted, Done::default()).await?
+        {
             return Ok((staged, held.named(user)));
         }
-        drop(held);
-        if let Some(_alone) = try_alone(&folder)? {
-            if changes >= CHANGES_MAX {
-                return Err(StoreError::Busy { object: format!("the dataset in {}", folder.display()) });
-            }
-            changes += 1;
-            done.add(bring(store, dataset, &folder, &wanted).await?);
-            // Between the two locks another process may change it again.
-            known = Some(wanted);
-            continue;
+    }
+    for (number, folder) in folders.iter().enumerate() {
+        match staging.bring_to(folder, Duration::ZERO).await {
+            Err(StoreError::InUse { .. }) => {}
+            // There may be when the others have ended.
+            Err(StoreError::NoRoom { .. }) if number > 0 => break,
+            outcome => return outcome,
         }
-        // Others use it, or somebody brings just what is wanted here.
-        let users = users(&folder);
-        if users.is_empty() {
-            used_since = None;
-        } else {
-            let waited = used_since.get_or_insert_with(Instant::now).elapsed();
+    }
+    staging.bring_to(&folders[0], USE_LIMIT).await
+}
+
+/// A dataset on its way to somebody.
+struct Staging<'a> {
+    store: &'a dyn ObjectStore,
+    dataset: &'a DatasetRef,
+    user: &'a str,
+}
+
+impl Staging<'_> {
+    /// Brings it to this folder. Whoever uses another state of it there is waited for.
+    async fn bring_to(&self, folder: &Path, use_limit: Duration) -> Result<(Staged, InUse), StoreError> {
+        let mut known: Option<(Instant, Arc<Wanted>)> = None;
+        let mut blocked_since: Option<Instant> = None;
+        let mut done = Done::default();
+        let mut changes = 0;
+        // Each turn ends with a pause or a change; both are limited.
+        loop {
+            let (looked, wanted) = match known.take().filter(|(looked, _)| looked.elapsed() < LOOK_AGAIN) {
+                Some(known) => known,
+                None => match look(self.store, self.dataset).await {
+                    Err(error) if error.is_outage() => return self.keep(folder).await?.ok_or(error),
+                    wanted => (Instant::now(), wanted?),
+                },
+            };
+            let (held, has_waited) = hold(folder).await?;
+            if has_waited {
+                // It was changed meanwhile, by whoever brings what is wanted here, say.
+                blocked_since = None;
+            }
+            if let Some(staged) = self.complete(folder, &wanted, done).await? {
+                return Ok((staged, held.named(self.user)));
+            }
+            drop(held);
+            if let Some(_alone) = try_alone(folder)? {
+                if changes >= CHANGES_MAX {
+                    let object = format!("the dataset in {}", folder.display());
+                    return Err(StoreError::Busy { object });
+                }
+                changes += 1;
+                done.add(bring(self.store, self.dataset, folder, &wanted).await?);
+                // Between the two locks another process may change it again.
+                known = Some((looked, wanted));
+                continue;
+            }
+            let is_news = blocked_since.is_none();
+            let waited = blocked_since.get_or_insert_with(Instant::now).elapsed();
+            let mut users = users(folder);
+            if users.is_empty() {
+                if waited < UNNAMED_LIMIT {
+                    // Others look at it, as this does.
+                    known = Some((looked, wanted));
+                    tokio::time::sleep(INTERVAL).await;
+                    continue;
+                }
+                users.push("a job that could not write its name".to_owned());
+            }
+            let users = users.join(", ");
             if waited >= use_limit {
-                let (users, waited_ms) = (users.join(", "), waited.as_millis() as u64);
-                return Err(StoreError::InUse { folder, users, waited_ms });
+                let waited_ms = waited.as_millis() as u64;
+                return Err(StoreError::InUse { folder: folder.to_owned(), users, waited_ms });
             }
+            if is_news {
+                tracing::info!(folder = %folder.display(), users, "waits to bring a dataset up to date");
+            }
+            known = Some((looked, wanted));
+            tokio::time::sleep(INTERVAL).await;
         }
-        known = Some(wanted);
-        tokio::time::sleep(INTERVAL).await;
+    }
+
+    /// What lies in a folder that is held, when it is what is wanted.
+    async fn complete(
+        &self,
+        folder: &Path,
+        wanted: &Arc<Wanted>,
+        done: Done,
+    ) -> Result<Option<Staged>, StoreError> {
+        let (at, of) = (folder.to_owned(), wanted.clone());
+        if !blocking(move || Ok(is_complete(&at, &of))).await? {
+            return Ok(None);
+        }
+        let file = self.dataset.file.as_ref();
+        let Done { fetched, bytes_fetched, removed } = done;
+        Ok(Some(Staged {
+            path: file.map_or_else(|| folder.to_owned(), |file| folder.join(file)),
+            folder: folder.to_owned(),
+            fingerprint: wanted.fingerprint.clone(),
+            files: wanted.files.len(),
+            fetched,
+            bytes_fetched,
+            removed,
+            is_current: true,
+        }))
+    }
+
+    /// A copy of an earlier time that is complete.
+    async fn keep(&self, folder: &Path) -> Result<Option<(Staged, InUse)>, StoreError> {
+        let (held, _) = hold(folder).await?;
+        let kept = kept(folder.to_owned(), self.dataset).await;
+        Ok(kept.map(|staged| (staged, held.named(self.user))))
     }
 }
 
 /// What was done to a folder.
-#[derive(Default)]
+#[derive(Default, Clone, Copy)]
 struct Done {
     fetched: usize,
     bytes_fetched: u64,
@@ -280,13 +325,16 @@ fn sweep(folder: &Path) -> Result<(), StoreError> {
 
 /// Bytes that a fetch needs at most: a file that is replaced goes when the new one is there, and so many arrive at one time.
 fn needed_bytes(folder: &Path, missing: &[(String, ObjectEntry)]) -> u64 {
-    let here = |path: &str| fs::symlink_metadata(folder.join(path)).map_or(0, |metadata| metadata.len());
-    let more = missing.iter().map(|(path, entry)| entry.bytes.saturating_sub(here(path)));
+    let more = missing.iter().map(|(path, entry)| entry.bytes.saturating_sub(size_of(&folder.join(path))));
     let mut sizes: Vec<u64> = missing.iter().map(|(_, entry)| entry.bytes).collect();
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let arriving: u64 = sizes.iter().take(PARALLEL).sum();
     let whole: u64 = sizes.iter().sum();
     more.sum::<u64>().saturating_add(arriving).min(whole)
+}
+
+fn size_of(path: &Path) -> u64 {
+    fs::symlink_metadata(path).map_or(0, |metadata| metadata.len())
 }
 
 /// Looks whether there is room, before anything is changed.
@@ -365,7 +413,9 @@ fn plan(folder: &Path, wanted: &Wanted) -> Result<Plan, StoreError> {
         return Ok(Plan { is_complete: true, missing, removed: 0 });
     }
     sweep(folder)?;
-    check_room(folder, needed_bytes(folder, &missing))?;
+    let gone = there.iter().filter(|(path, _)| !wanted.files.contains_key(*path));
+    let freed_bytes: u64 = gone.map(|(path, _)| size_of(&folder.join(path))).sum();
+    check_room(folder, needed_bytes(folder, &missing).saturating_sub(freed_bytes))?;
     // From here on the folder is not what the mark says.
     remove(&folder.join(COMPLETE))?;
     let mut removed = 0;

@@ -280,9 +280,13 @@ impl MlflowSink {
     /// Counts a failure of a delivery at a step, and says whether it does without it from now on. Failures at other steps do
     /// not count; after a restart it is tried for longer.
     fn does_without(&self, delivery: i64, error: &TrackingError) -> bool {
+        if is_dispensed_with(error, 0) {
+            return true;
+        }
         let mut failures = self.step_failures();
         if failures.len() >= REMEMBERED_MAX && !failures.contains_key(&delivery) {
-            failures.clear();
+            let oldest = failures.keys().min().copied();
+            oldest.and_then(|oldest| failures.remove(&oldest));
         }
         let before = failures.entry(delivery).or_insert(0);
         let answer = is_dispensed_with(error, *before);

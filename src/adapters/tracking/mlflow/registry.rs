@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use serde_json::json;
+use serde_json::{Value as Json, json};
 
 use super::runs::{INSTANCE, RunView, items, pairs};
 use super::{MlflowSink, names};
@@ -19,6 +19,8 @@ pub(super) const REGISTRY: &str = "boxwright.registry";
 const BEST: &str = "best";
 /// Looks at the alias before it is left as it is.
 const LOOKS_MAX: usize = 4;
+/// Runs whose versions were made within so long may have looked at the alias at one time.
+const MOMENT_MS: i64 = 600_000;
 /// The newest versions of a study that are looked at after the alias was moved.
 const VERSIONS_MAX: &str = "1000";
 
@@ -146,9 +148,10 @@ impl MlflowSink {
     ) -> Result<bool, TrackingError> {
         for _ in 0..LOOKS_MAX {
             let seen = self.best_of(study).await?;
+            let is_there = seen.as_deref() == Some(version);
             let is_due = match seen.as_deref() {
                 None => true,
-                Some(best) if best == version => return Ok(true),
+                Some(_) if is_there => true,
                 Some(best) => match (&score, self.score_of(study, best).await?) {
                     (Some(own), Some(other)) => own.is_better_than(&other),
                     // A best without a comparable score was set by a person, or is the first.
@@ -158,12 +161,17 @@ impl MlflowSink {
             if !is_due {
                 return Ok(false);
             }
-            self.set_best(study, version).await?;
+            if !is_there {
+                self.set_best(study, version).await?;
+            }
             if let Some(score) = &score
-                && let Some(better) = self.better_since(study, seen.as_deref(), score).await?
+                && let Some(better) = self.better_of_the_moment(study, version, score).await?
             {
                 self.set_best(study, &better).await?;
                 return Ok(false);
+            }
+            if is_there {
+                return Ok(true);
             }
         }
         Ok(self.best_of(study).await?.as_deref() == Some(version))
@@ -174,12 +182,12 @@ impl MlflowSink {
         self.client.post("registered-models/alias", &body).await.map(|_| ())
     }
 
-    /// The best version with a better score than this one, of those that are newer than `seen`: what was there before was weighed
-    /// already, by a run or by a person.
-    async fn better_since(
+    /// The best version with a better score than this one, of those that were made shortly before it or since. Older ones
+    /// were weighed already, by a run or by a person.
+    async fn better_of_the_moment(
         &self,
         study: &str,
-        seen: Option<&str>,
+        version: &str,
         score: &Score,
     ) -> Result<Option<String>, TrackingError> {
         let Some(name) = names::quoted(study) else { return Ok(None) };
@@ -187,13 +195,14 @@ impl MlflowSink {
         let query =
             [("filter", filter.as_str()), ("max_results", VERSIONS_MAX), ("order_by", "version_number DESC")];
         let answer = self.client.get("model-versions/search", &query).await?;
-        let seen: u64 = seen.and_then(|seen| seen.parse().ok()).unwrap_or(0);
         let versions = answer["model_versions"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let made = |version: &Json| version["creation_timestamp"].as_i64();
+        let own = versions.iter().find(|other| other["version"].as_str() == Some(version));
+        let Some(since) = own.and_then(made).map(|at| at - MOMENT_MS) else { return Ok(None) };
         let mut best: Option<(Score, String)> = None;
-        for version in versions {
-            let Some(number) = version["version"].as_str() else { continue };
-            let is_newer = number.parse::<u64>().is_ok_and(|number| number > seen);
-            let Some(other) = Score::read(&pairs(&version["tags"])).filter(|_| is_newer) else { continue };
+        for other in versions.iter().filter(|other| made(other).is_some_and(|at| at >= since)) {
+            let Some(number) = other["version"].as_str() else { continue };
+            let Some(other) = Score::read(&pairs(&other["tags"])) else { continue };
             if other.is_better_than(best.as_ref().map_or(score, |(best, _)| best)) {
                 best = Some((other, number.to_owned()));
             }
