@@ -271,7 +271,6 @@ fn with_fitness(result: Option<Json>, name: &str, machine_id: &str) -> Option<Js
 mod tests {
     use super::*;
     use crate::job::record::NewJob;
-    use crate::job::spec::JobSpec;
 
     fn exit(code: i32) -> ExitStatus {
         ExitStatus::from_raw(code << 8)
@@ -356,17 +355,8 @@ mod tests {
         let config = ServiceConfig::default();
         let mut journal = Journal::in_memory().expect("opens");
         let context = config.spec_context("/w".into());
-        let text = b"model: yolov8n\ntype: yolo\ntask_id: a\ntrain: {data: d}\n";
-        let spec = JobSpec::load(text, "t", &context).expect("valid").spec;
-        let new = NewJob {
-            run_dir: spec.run_dir(),
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            reason: "waits".into(),
-            shared: None,
-            continues: None,
-        };
+        let text = "model: yolov8n\ntype: yolo\ntask_id: a\ntrain: {data: d}\n";
+        let new = NewJob::sample(text, &context);
         let mut record = journal.accept(new.clone(), None).expect("accepted");
         let killed = || Ending::Failed { class: FailureClass::Killed, reason: "gone".into() };
         for retry in 1..=3 {

@@ -337,7 +337,6 @@ mod tests {
     use crate::adapters::queue::JobStore;
     use crate::adapters::queue::journal::Journal;
     use crate::job::record::{Change, NewJob};
-    use crate::job::spec::JobSpec;
     use crate::job::state::FailureClass;
 
     fn fleet() -> ServiceConfig {
@@ -354,17 +353,7 @@ mod tests {
              sweeper: {{study_name: s, version: 3}}\ntrain: {{data: d}}\n"
         );
         let context = config.spec_context("/w".into());
-        let spec = JobSpec::load(text.as_bytes(), "t", &context).expect("valid").spec;
-        let run_dir = spec.run_dir();
-        let new = NewJob {
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            run_dir,
-            reason: "waits".into(),
-            shared: None,
-            continues: None,
-        };
+        let new = NewJob::sample(&text, &context);
         journal.accept(new, None).expect("accepted")
     }
 

@@ -85,23 +85,11 @@ mod tests {
 
     use super::*;
     use crate::job::record::{Change, NewJob};
-    use crate::job::spec::JobSpec;
 
     fn running(journal: &mut Journal, config: &ServiceConfig, folder: &Path, id: &str) -> JobRecord {
         let text = format!("model: yolov8n\ntype: yolo\ntask_id: {id}\ntrain: {{data: d}}\n");
-        let spec =
-            JobSpec::load(text.as_bytes(), "t", &config.spec_context(folder.to_owned())).expect("valid").spec;
-        let run_dir = spec.run_dir();
-        std::fs::create_dir_all(&run_dir).expect("writable");
-        let new = NewJob {
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            run_dir,
-            reason: "waits".into(),
-            shared: None,
-            continues: None,
-        };
+        let new = NewJob::sample(&text, &config.spec_context(folder.to_owned()));
+        std::fs::create_dir_all(&new.run_dir).expect("writable");
         let record = journal.accept(new, None).expect("accepted");
         journal.begin_attempt(record.seq, "starts").expect("legal");
         journal.change(record.seq, Change::to(JobState::Running, "trains")).expect("legal")

@@ -58,7 +58,6 @@ mod tests {
     use crate::adapters::queue::JobStore;
     use crate::adapters::queue::journal::Journal;
     use crate::job::record::{Change, NewJob};
-    use crate::job::spec::JobSpec;
 
     #[test]
     fn names() {
@@ -73,17 +72,8 @@ mod tests {
     fn queued_running_finished_unknown_and_stale() {
         let mut journal = Journal::in_memory().expect("opens");
         let context = crate::job::service::ServiceConfig::default().spec_context("/w".into());
-        let text = b"model: yolov8n\ntype: yolo\ntask_id: a\ntrain: {data: d}\n";
-        let spec = JobSpec::load(text, "t", &context).expect("valid").spec;
-        let new = NewJob {
-            run_dir: spec.run_dir(),
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            reason: "waits".into(),
-            shared: None,
-            continues: None,
-        };
+        let text = "model: yolov8n\ntype: yolo\ntask_id: a\ntrain: {data: d}\n";
+        let new = NewJob::sample(text, &context);
         let record = journal.accept(new, None).expect("accepted");
         let after = record.accepted_unix_ms + 5;
         assert!(matches!(judge(None, after, true), StopVerdict::Leave(_)));

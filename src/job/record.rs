@@ -188,6 +188,23 @@ pub struct NewJob {
     pub continues: Option<Continued>,
 }
 
+#[cfg(test)]
+impl NewJob {
+    /// A job of this machine alone by the text of its file, for tests.
+    pub(crate) fn sample(text: &str, context: &super::spec::SpecContext) -> Self {
+        let spec = JobSpec::load(text.as_bytes(), "t", context).expect("valid").spec;
+        Self {
+            run_dir: spec.run_dir(),
+            spec,
+            source: "t".into(),
+            content_sha256: "0".into(),
+            reason: "waits".into(),
+            shared: None,
+            continues: None,
+        }
+    }
+}
+
 /// A job that came from a queue that machines share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SharedJob {

@@ -9,25 +9,14 @@ use crate::adapters::telemetry::{GpuSample, Sample, worker_fields};
 use crate::job::clock::now_unix_ms;
 use crate::job::record::{Change, JobRecord, NewJob};
 use crate::job::service::ServiceConfig;
-use crate::job::spec::JobSpec;
 use crate::job::state::{FailureClass, JobState};
 
 /// A job in its first attempt: the first of 4 trials, 10 epochs.
 fn begun(journal: &mut Journal) -> JobRecord {
     let text =
-        b"model: yolov8n\ntype: yolo\ntask_id: a\nsweeper: {n_trials: 4}\ntrain: {data: d, epochs: 10}\n";
+        "model: yolov8n\ntype: yolo\ntask_id: a\nsweeper: {n_trials: 4}\ntrain: {data: d, epochs: 10}\n";
     let context = ServiceConfig::default().spec_context("/w".into());
-    let spec = JobSpec::load(text, "t", &context).expect("valid").spec;
-    let run_dir = spec.run_dir();
-    let new = NewJob {
-        spec,
-        source: "t".into(),
-        content_sha256: "0".into(),
-        run_dir,
-        reason: "waits".into(),
-        shared: None,
-        continues: None,
-    };
+    let new = NewJob::sample(text, &context);
     let record = journal.accept(new, None).expect("accepted");
     journal.begin_attempt(record.seq, "starts").expect("legal")
 }

@@ -3,7 +3,6 @@
 use super::*;
 use crate::adapters::gpu::Gpu;
 use crate::job::record::NewJob;
-use crate::job::spec::JobSpec;
 
 use super::super::slots::{Health, Slot};
 
@@ -11,17 +10,7 @@ fn add(journal: &mut Journal, config: &ServiceConfig, id: &str, priority: &str) 
     let text = format!(
         "model: yolov8n\ntype: yolo\ntask_id: {id}\npriority: {priority}\ntempfile: /nowhere\ntrain: {{data: d}}\n"
     );
-    let spec = JobSpec::load(text.as_bytes(), "t", &config.spec_context("/w".into())).expect("valid").spec;
-    let run_dir = spec.run_dir();
-    let new = NewJob {
-        spec,
-        source: "t".into(),
-        content_sha256: "0".into(),
-        run_dir,
-        reason: "just came".into(),
-        shared: None,
-        continues: None,
-    };
+    let new = NewJob::sample(&text, &config.spec_context("/w".into()));
     journal.accept(new, None).expect("accepted")
 }
 
@@ -129,17 +118,7 @@ fn on(journal: &mut Journal, config: &ServiceConfig, id: &str, device: &str) -> 
     let text = format!(
         "model: yolov8n\ntype: yolo\ntask_id: {id}\ntempfile: /nowhere\ntrain: {{data: d, device: {device}}}\n"
     );
-    let spec = JobSpec::load(text.as_bytes(), "t", &config.spec_context("/w".into())).expect("valid").spec;
-    let run_dir = spec.run_dir();
-    let new = NewJob {
-        spec,
-        source: "t".into(),
-        content_sha256: "0".into(),
-        run_dir,
-        reason: "just came".into(),
-        shared: None,
-        continues: None,
-    };
+    let new = NewJob::sample(&text, &config.spec_context("/w".into()));
     journal.accept(new, None).expect("accepted")
 }
 

@@ -199,23 +199,13 @@ mod tests {
     use crate::adapters::queue::journal::Journal;
     use crate::job::record::NewJob;
     use crate::job::service::ServiceConfig;
-    use crate::job::spec::JobSpec;
 
     #[test]
     fn a_later_attempt_knows_what_the_earlier_ones_reached() {
         let mut journal = Journal::in_memory().expect("opens");
         let context = ServiceConfig::default().spec_context("/w".into());
         let text = "model: yolov8n\ntype: yolo\ntask_id: t\ntrain: {data: d}\n";
-        let spec = JobSpec::load(text.as_bytes(), "t", &context).expect("valid").spec;
-        let new = NewJob {
-            run_dir: spec.run_dir(),
-            spec,
-            source: "t".into(),
-            content_sha256: "0".into(),
-            reason: "waits".into(),
-            shared: None,
-            continues: None,
-        };
+        let new = NewJob::sample(&text, &context);
         let mut record = journal.accept(new, None).expect("accepted");
         assert!(Busy::new(record.clone()).progress.is_empty());
         let mut progress = Map::new();

@@ -71,8 +71,7 @@ impl Fleet {
         fields: &[(String, String)],
         is_final: bool,
     ) -> Result<bool, FleetError> {
-        let ttl_ms = if is_final { self.progress_ttl_ms() } else { 0 };
-        self.put_progress(run.into(), fields, "whole", ttl_ms).await
+        self.put_progress(run.into(), fields, "whole", self.ttl_ms(is_final)).await
     }
 
     /// The same for a job of an earlier start of the service, of which it is not known whether it was shown: nothing changes
@@ -86,8 +85,7 @@ impl Fleet {
         fields: &[(String, String)],
         is_final: bool,
     ) -> Result<bool, FleetError> {
-        let ttl_ms = if is_final { self.progress_ttl_ms() } else { 0 };
-        self.put_progress(run.into(), fields, "again", ttl_ms).await
+        self.put_progress(run.into(), fields, "again", self.ttl_ms(is_final)).await
     }
 
     /// Shows how a job has ended beside what is shown of its run already. False as for [`Fleet::progress`].
@@ -95,7 +93,7 @@ impl Fleet {
     /// # Errors
     /// As every call.
     pub async fn progress_end(&self, run: &RunRef, fields: &[(String, String)]) -> Result<bool, FleetError> {
-        self.put_progress(run.into(), fields, "part", self.progress_ttl_ms()).await
+        self.put_progress(run.into(), fields, "part", self.ttl_ms(true)).await
     }
 
     /// Shows something of a job that waits in the queue, for the configured time. False when a machine works on its task id.
@@ -111,12 +109,12 @@ impl Fleet {
             return Ok(false);
         }
         let nobody = Speaker { task_id, instance: "", fence: 0 };
-        self.put_progress(nobody, fields, "whole", self.progress_ttl_ms()).await
+        self.put_progress(nobody, fields, "whole", self.ttl_ms(true)).await
     }
 
-    /// Lifetime after the end. To a script 0 means that the job goes on.
-    fn progress_ttl_ms(&self) -> u64 {
-        self.inner.config.progress_ttl_ms.max(1)
+    /// Lifetime of what is shown, counted from the end: 0 while the job goes on.
+    fn ttl_ms(&self, is_final: bool) -> u64 {
+        if is_final { self.inner.config.progress_ttl_ms.max(1) } else { 0 }
     }
 
     async fn put_progress(
