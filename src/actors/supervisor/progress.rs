@@ -205,7 +205,7 @@ mod tests {
         let mut journal = Journal::in_memory().expect("opens");
         let context = ServiceConfig::default().spec_context("/w".into());
         let text = "model: yolov8n\ntype: yolo\ntask_id: t\ntrain: {data: d}\n";
-        let new = NewJob::sample(&text, &context);
+        let new = NewJob::sample(text, &context);
         let mut record = journal.accept(new, None).expect("accepted");
         assert!(Busy::new(record.clone()).progress.is_empty());
         let mut progress = Map::new();
