@@ -125,18 +125,20 @@ impl StoreSink {
         };
         self.store.prepare(&self.better_bucket).await?;
         let place = Place { target, pointer_key, text_key };
+        let mut has_copied = false;
         for _ in 0..WRITE_TRIES_MAX {
             let seen =
                 found(self.store.get_versioned(&self.better_bucket, &place.pointer_key, BYTES_MAX).await)?;
             let old = read_pointer(seen.as_ref(), &place.pointer_key);
             if let Err(reason) = is_better(&new, old.as_ref()) {
                 if let Some(old) = old.filter(|old| old.sha256 != new.sha256) {
-                    self.repair(&old, &new, &place).await?;
+                    self.repair(&old, &new, &place, has_copied).await?;
                 }
                 return Ok(format!("left: {reason}"));
             }
             self.there(prefix).await?.fence(run)?;
             // The pointer is written after the weights: until then the old one stands, and this is done again.
+            has_copied = true;
             self.place(&new, &place).await?;
             let text = serde_json::to_vec_pretty(&new).map_err(|error| StoreError::Refused {
                 what: format!("write {}", place.pointer_key),
@@ -153,10 +155,19 @@ impl StoreSink {
     }
 
     /// Puts the weights that were promoted back where those of this run took their place: another run of the study was promoted
-    /// meanwhile, or an earlier try ended between its copy and this.
-    async fn repair(&self, old: &Pointer, new: &Pointer, place: &Place) -> Result<(), StoreError> {
-        let there = found(self.store.head(&self.better_bucket, &place.target).await)?;
-        if there.is_none_or(|head| head.sha256.as_ref() != Some(&new.sha256)) {
+    /// meanwhile, or an earlier try ended between its copy and this. Where the store knows no checksum, only what this try copied
+    /// is.
+    async fn repair(
+        &self,
+        old: &Pointer,
+        new: &Pointer,
+        place: &Place,
+        has_copied: bool,
+    ) -> Result<(), StoreError> {
+        let Some(there) = found(self.store.head(&self.better_bucket, &place.target).await)? else {
+            return Ok(());
+        };
+        if !there.sha256.map_or(has_copied, |sha256| sha256 == new.sha256) {
             return Ok(());
         }
         match self.place(old, place).await {
